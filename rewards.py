@@ -1,0 +1,49 @@
+"""Rewards and scoring: pure functions of text.
+
+The reward of a completion is accuracy + format, each 0 or 1 (R1-AQA, arXiv 2503.11197). Both compare text with
+text; nothing is parsed as mathematics, which would take "Woman 1" for "Man 1".
+"""
+
+import re
+
+TEXT = r"\s*(?!\s)(?:(?!</?(?:think|answer)>).)+"  # not blank, and no tag in it
+FORMATS = {
+    "plain": TEXT,
+    "answer": rf"\s*<answer>{TEXT}</answer>\s*",
+    "think": rf"\s*<think>{TEXT}</think>\s*<answer>{TEXT}</answer>\s*",
+}
+
+
+def extract_answer(completion: str, prompt: str) -> str:
+    """The final answer in a completion: its first answer block, else (and for `plain`) the whole text; stripped."""
+    block = None if prompt == "plain" else re.search(r"<answer>(.*?)</answer>", completion, re.DOTALL)
+    return (block[1] if block else completion).strip()
+
+
+def accuracy_reward(completion: str, answer: str, prompt: str) -> float:
+    """1 if the extracted answer equals the text of the true option, letter for letter; else 0."""
+    return float(extract_answer(completion, prompt) == answer.strip())
+
+
+def format_reward(completion: str, prompt: str) -> float:
+    """1 if the completion is exactly what the prompt asked for, else 0; white space around a block does not count.
+
+    `answer`: one answer block. `think`: one think block, then one answer block. `plain`: text without such tags.
+    An empty block is not an answer.
+    """
+    return float(re.fullmatch(FORMATS[prompt], completion, re.DOTALL) is not None)
+
+
+def mmau_match(prediction: str, answer: str, choices: list[str]) -> bool:
+    """MMAU's rule for a right answer, on sets of lower-case words.
+
+    Right if the prediction holds every word of the answer and no word that stands only in another option. Options
+    with the same words as the answer are passed over; an empty prediction is wrong.
+    """
+    predicted, true = words(prediction), words(answer)
+    wrong = set().union(*(words(choice) - true for choice in choices))
+    return bool(predicted) and true <= predicted and predicted.isdisjoint(wrong)
+
+
+def words(text: str) -> set[str]:
+    return set(re.findall(r"\b\w+\b", text.lower()))

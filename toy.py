@@ -1,0 +1,232 @@
+"""The offline stand-in: synthetic questions about synthetic sounds, and a tiny Qwen2-Audio to answer them.
+
+    python toy.py        # writes runs/toy: wav files, train.jsonl, test.jsonl, and base, a model right about half of the time
+
+The files are of the kinds that the real run reads, and the model is a real Qwen2-Audio of 1.0 M parameters with a window
+of 2 s, so everything downstream is the real code. Questions are of MMAU's three tasks, two kinds each.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import soundfile
+import torch
+from accelerate import PartialState
+from accelerate.utils import set_seed
+from transformers import (
+    GenerationConfig,
+    Qwen2AudioConfig,
+    Qwen2AudioEncoderConfig,
+    Qwen2AudioForConditionalGeneration,
+    Qwen2AudioProcessor,
+    Qwen2Config,
+    Qwen2Tokenizer,
+    WhisperFeatureExtractor,
+)
+
+from data import PROMPTS, SAMPLE_RATE
+
+FOLDER = "runs/toy"
+SECONDS = 2
+N_TRAIN, N_TEST = 1600, 300
+
+# --------------------------------------------------------------------------------------------------------- sounds
+
+
+def envelope(n: int, decay: float = 0.0) -> np.ndarray:
+    """Loudness (n,) of a sound with soft ends of 10 ms, fading as exp(-decay seconds)."""
+    t = np.arange(n) / SAMPLE_RATE
+    ends = np.minimum(1, np.minimum(t, t[::-1]) / 0.01)
+    return ends * np.exp(-decay * t)
+
+
+def tone(pitch: np.ndarray, harmonics: list[float]) -> np.ndarray:
+    """A harmonic sound (n,) whose pitch (n,) is in Hz and whose overtones have these amplitudes."""
+    phase = 2 * np.pi * np.cumsum(pitch) / SAMPLE_RATE
+    return sum(a * np.sin(k * phase) for k, a in enumerate(harmonics, 1))
+
+
+def source(name: str, n: int, rng) -> np.ndarray:
+    """n samples of a thing that sounds."""
+    t = np.arange(n) / SAMPLE_RATE
+    noise = rng.standard_normal(n)
+    if name == "siren":
+        return tone(900 + 400 * np.sin(2 * np.pi * rng.uniform(1.5, 3) * t), [1, 0.3])
+    if name == "engine":
+        return tone(np.full(n, rng.uniform(60, 110)), [1 / k for k in range(1, 12)]) + 0.2 * noise
+    if name == "rain":
+        return noise
+    if name == "bell":
+        base = rng.uniform(500, 900)
+        return sum(np.sin(2 * np.pi * base * k * t) for k in (1, 2.76, 5.4)) * np.exp(-3 * t)
+    if name == "bird":
+        return tone(3500 + 1200 * np.sin(2 * np.pi * rng.uniform(7, 11) * t), [1])
+    return np.where((t * rng.uniform(6, 9)) % 1 < 0.1, noise, 0)  # knocking
+
+
+def bursts(count: int, rng) -> np.ndarray:
+    """A whole clip of some short beeps, evenly spaced."""
+    clip, pitch, n = np.zeros(SECONDS * SAMPLE_RATE), rng.uniform(400, 1200), int(0.18 * SAMPLE_RATE)
+    gap = int(rng.uniform(0.3, 0.4) * SAMPLE_RATE)
+    start = int(rng.uniform(0.05, 0.3) * SAMPLE_RATE)
+    for i in range(count):
+        clip[start + i * gap : start + i * gap + n] += tone(np.full(n, pitch), [1, 0.5]) * envelope(n)
+    return clip
+
+
+def melody(shape: str, instrument: str, rng) -> np.ndarray:
+    """A whole clip of four notes that go a way, on an instrument."""
+    steps = {"up": [0, 1, 2, 3], "down": [3, 2, 1, 0], "up then down": [0, 2, 2, 0], "nowhere": [1, 1, 1, 1]}[shape]
+    harmonics = {"flute": [1], "organ": [1, 0, 0.7, 0, 0.5, 0, 0.4], "trumpet": [0.6, 1, 1, 0.9, 0.7, 0.5, 0.4, 0.3]}
+    overtones, decay = harmonics.get(instrument, [1, 0.5, 0.3, 0.2]), 8 if instrument == "harp" else 1
+    n, base, width = SECONDS * SAMPLE_RATE // 4, rng.uniform(240, 300), rng.uniform(5, 7)
+    return np.concatenate([tone(np.full(n, base * 2 ** (k * width / 12)), overtones) * envelope(n, decay) for k in steps])
+
+
+VOWELS = {"a": (800, 1200), "e": (450, 2100), "i": (280, 2500), "o": (450, 850), "u": (310, 700)}  # formants, Hz
+
+
+def voice(vowel: str, contour: str, rng) -> np.ndarray:
+    """A vowel on a pitch that rises, falls, does both or stays."""
+    n = int(rng.uniform(1.2, SECONDS) * SAMPLE_RATE)
+    x = np.linspace(0, 1, n)
+    bend = {"rising": x, "falling": 1 - x, "rising then falling": 1 - abs(2 * x - 1), "flat": 0 * x + 0.5}[contour]
+    pitch = rng.uniform(130, 160) * 2 ** (bend * rng.uniform(1.3, 1.6))
+    overtones = [sum(1 / (1 + ((k * pitch.mean() - f) / 120) ** 2) for f in VOWELS[vowel]) + 0.02 for k in range(1, 20)]
+    overtones[0] += 2  # the pitch itself stays audible
+    return tone(pitch, overtones) * envelope(n)
+
+
+# ------------------------------------------------------------------------------------------------------ questions
+
+KINDS = {  # kind: task, ways to ask, answers
+    "source": ("sound", ["Which source makes the sound?", "What is making this sound?"],
+               ["siren", "engine", "rain", "bell", "bird", "knocking"]),
+    "count": ("sound", ["How many beeps are there?", "How often does it beep?"], ["once", "twice", "three times", "four times"]),
+    "melody": ("music", ["How does the melody move?", "Where do the notes go?"], ["up", "down", "up then down", "nowhere"]),
+    "instrument": ("music", ["Which instrument is playing?", "What plays the notes?"], ["flute", "organ", "trumpet", "harp"]),
+    "vowel": ("speech", ["Which vowel is spoken?", "Which vowel does the voice say?"], list(VOWELS)),
+    "intonation": ("speech", ["How does the voice move?", "What is the intonation of the voice?"],
+                   ["rising", "falling", "rising then falling", "flat"]),
+}  # fmt: skip
+
+
+def make_question(kind: str, rng) -> tuple[dict, np.ndarray]:
+    """A row in the project's own format, without its audio, and the clip."""
+    task, ways, answers = KINDS[kind]
+    choices = [str(c) for c in rng.permutation(answers)[:4]]
+    answer = choices[rng.integers(4)]
+
+    def other(kind):  # what the question is not about is drawn too
+        return str(rng.choice(KINDS[kind][2]))
+
+    if kind == "source":
+        clip = source(answer, SECONDS * SAMPLE_RATE, rng) * envelope(SECONDS * SAMPLE_RATE)
+    elif kind == "count":
+        clip = bursts(1 + answers.index(answer), rng)
+    elif task == "music":
+        clip = melody(*(answer, other("instrument")) if kind == "melody" else (other("melody"), answer), rng)
+    else:
+        clip = voice(*(answer, other("intonation")) if kind == "vowel" else (other("vowel"), answer), rng)
+    clip = clip / np.abs(clip).max() + 0.02 * rng.standard_normal(len(clip))
+    question = str(rng.choice(ways))
+    return {"question": question, "choices": choices, "answer": answer, "task": task, "kind": kind}, clip * rng.uniform(0.2, 0.8)
+
+
+def make_data(folder: str, split: str, n: int, seed: int) -> None:
+    """n questions as folder/split.jsonl and folder/split/*.wav, the same on every call."""
+    os.makedirs(os.path.join(folder, split), exist_ok=True)
+    rng = np.random.default_rng(seed)
+    with open(os.path.join(folder, f"{split}.jsonl"), "w") as file:
+        for i in range(n):
+            row, clip = make_question(list(KINDS)[i % len(KINDS)], rng)
+            row = {"id": f"{split}-{i}", "audio": f"{split}/{i:04d}.wav", **row}
+            soundfile.write(os.path.join(folder, row["audio"]), clip.astype(np.float32), SAMPLE_RATE)
+            file.write(json.dumps(row) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------- model
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]
+
+
+def make_model(folder: str, seed: int) -> None:
+    """A randomly initialised Qwen2-Audio of 1.0 M parameters with its processor, as `from_pretrained` reads them."""
+    texts = ["system\nYou are a helpful assistant.\n", "user\nAudio 1: \n", "assistant\n"]
+    for _, ways, answers in KINDS.values():
+        texts += [prompt.format(question=way, choices=answers) for way in ways for prompt in PROMPTS.values()]
+        texts += [f"<answer>{answer}</answer>" for answer in answers]
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(texts * 10, vocab_size=640, new_special_tokens=SPECIAL[1:])
+    extractor = WhisperFeatureExtractor(feature_size=64, chunk_length=SECONDS)
+    processor = Qwen2AudioProcessor(extractor, tokenizer)
+
+    set_seed(seed)
+    ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(SPECIAL)))
+    audio = Qwen2AudioEncoderConfig(
+        num_mel_bins=64, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=384, d_model=128,
+        max_source_positions=SECONDS * 50, initializer_range=0.12,
+    )  # fmt: skip
+    text = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=1024, initializer_range=0.08,
+    )  # fmt: skip
+    model = Qwen2AudioForConditionalGeneration(Qwen2AudioConfig(audio_config=audio, text_config=text, audio_token_index=ids["<|AUDIO|>"]))
+    # Whisper's sinusoids; a random encoder that cannot tell time would never learn what comes first
+    angle = torch.arange(SECONDS * 50)[:, None] * torch.logspace(0, -4, audio.d_model // 2)
+    model.model.audio_tower.embed_positions.weight.data = torch.cat([angle.sin(), angle.cos()], 1)
+    # as Qwen2-Audio-7B-Instruct's, so that what must not reach the sampler is there to be kept away
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=0.7, top_p=0.5, top_k=20, repetition_penalty=1.1,
+        eos_token_id=[ids["<|endoftext|>"], ids["<|im_end|>"]], pad_token_id=ids["<|endoftext|>"],
+    )  # fmt: skip
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+# -------------------------------------------------------------------------------------------------------- the runs
+
+WARMUP = "--lr 7e-4 --max_steps 300 --prompts_per_step 4 --micro_batch 4 --seed 0 --save_every 300"
+GRPO = "--lr 4e-4 --max_steps 400 --max_new_tokens 16 --eval_every 50 --save_every 200"
+
+
+def make(folder: str = FOLDER) -> None:
+    """Data, a random model, and its warm-up by train_sft.py. `base` appears last, and only when it is whole."""
+    shutil.rmtree(folder, ignore_errors=True)
+    make_data(folder, "train", N_TRAIN, seed=1)
+    make_data(folder, "test", N_TEST, seed=2)
+    make_model(f"{folder}/init", seed=0)
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train_sft.py")
+    flags = f"--model {folder}/init --data {folder}/train.jsonl --output {folder}/warmup {WARMUP}"
+    # a process of its own, and one only, even where a launcher started several of this one
+    launcher = ("ACCELERATE_", "TORCHELASTIC_", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "RANK", "WORLD_SIZE", "OMP_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(launcher)}
+    subprocess.run([sys.executable, script, *flags.split()], env=environment, check=True)
+    os.rename(f"{folder}/warmup", f"{folder}/base")
+    shutil.rmtree(f"{folder}/init")
+
+
+def prepare_run(state: PartialState) -> list[str]:
+    """For train_grpo.py without flags: make the toy if it is not there, clear its last run, return the flags."""
+    flags = f"--model {FOLDER}/base --data {FOLDER}/train.jsonl --eval_data {FOLDER}/test.jsonl --output {FOLDER}/grpo"
+    flags += f" --micro_batch {max(1, 16 // state.num_processes)} {GRPO}"
+    if state.is_main_process:
+        print(
+            "No flags: this is the offline toy. The paper's recipe: accelerate launch --mixed_precision bf16 train_grpo.py "
+            "--model Qwen/Qwen2-Audio-7B-Instruct --data avqa_train.jsonl --output runs/grpo",
+            flush=True,
+        )
+        if not os.path.isdir(f"{FOLDER}/base"):
+            print(f"making the toy in {FOLDER}: {N_TRAIN + N_TEST} sounds and a tiny model, about a minute", flush=True)
+            make()
+        shutil.rmtree(f"{FOLDER}/grpo", ignore_errors=True)
+        print(f"train_grpo.py {flags}", flush=True)
+    state.wait_for_everyone()
+    return flags.split()
+
+
+if __name__ == "__main__":
+    make()

@@ -1,0 +1,381 @@
+"""GRPO for audio question answering: R1-AQA (arXiv 2503.11197), the whole method in one file.
+
+    accelerate launch train_grpo.py                 # the offline toy: no GPU, no download, a few minutes
+    accelerate launch --mixed_precision bf16 train_grpo.py \\
+        --model Qwen/Qwen2-Audio-7B-Instruct --data avqa_train.jsonl --output runs/grpo        # the paper's recipe
+
+One step, for each of `prompts_per_step` questions q with their audio:
+
+    o_1..o_G ~ pi_theta(. | q)                  a group of G completions                        sample
+    r_i = accuracy + format                     text against text                               rewards.py
+    A_i = (r_i - mean(r)) / (std(r) + 1e-4)     good or bad compared with the group             group_advantages
+    log pi(o_i | q)                             policy and reference, prompt computed once      shared_prompt_logps
+    L                                           clipped surrogate minus beta KL                 grpo_loss
+
+What differs from the paper and from its code, and why:
+- Audio and prompt are computed once per group, not G times: the same numbers, several times faster.
+- Every log-prob is of the distribution that is sampled (logits / T), in fp32 from the logits on.
+- Accuracy compares text with text. Upstream asks math_verify first, which takes "B. 3" for "D. 3".
+- Prompts are never cut. Upstream cuts them to 512 tokens (18 s of audio), but only where it scores.
+- Any number of prompts a forward. Upstream tiles the features of several prompts against the order of their masks.
+- Master weights are fp32, computation bf16 by accelerate's --mixed_precision: at lr 1e-6 bf16 weights lose the updates.
+- No generation_config.json reaches the sampler: Qwen2-Audio's would turn temperature 1 into 0.7 with top-p 0.5.
+- A step is one rollout with its `num_iterations` updates (upstream: 1); lr, logs and checkpoints count steps.
+"""
+
+import os
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator, PartialState
+from torch import nn
+from tqdm import tqdm
+from transformers import DynamicCache
+from transformers.hf_argparser import HfArg
+
+from data import BadInput, Example, decode, eos_tokens, make_batch, stream_indices, take
+from rewards import accuracy_reward, format_reward
+from train_sft import load_model, parse, run, save_model, set_trainable, start, write_metrics
+
+
+@dataclass
+class Config:
+    model: str = HfArg(default="Qwen/Qwen2-Audio-7B-Instruct", help="hub name or folder of a Qwen2-Audio model")
+    data: str = HfArg(default="", help="training questions: JSON or JSON Lines, see README")
+    audio_dir: str = HfArg(default="", help="folder of the clips; empty: beside the questions")
+    eval_data: str = HfArg(default="", help="questions to measure accuracy on while training; empty: none")
+    eval_every: int = HfArg(default=100, help="steps between two such measurements")
+    output: str = HfArg(default="runs/grpo", help="folder for metrics, checkpoints and the final model")
+    prompt: str = HfArg(default="answer", help="plain, answer or think: prompt, format reward and extraction together")
+    group_size: int = HfArg(default=8, help="G, completions drawn per prompt")
+    temperature: float = HfArg(default=1.0, help="T, divides the logits in sampling and in scoring")
+    max_new_tokens: int = HfArg(default=256, help="a completion that has not ended by then is cut and counted")
+    prompts_per_step: int = HfArg(default=16, help="prompts per step, all processes together")
+    micro_batch: int = HfArg(default=1, help="prompts in one scored forward on one process; changes memory, not results")
+    num_iterations: int = HfArg(default=1, help="optimizer updates per rollout; above 1 the clipping is at work")
+    beta: float = HfArg(default=0.04, help="weight of the KL to the reference; 0 loads no reference")
+    epsilon: float = HfArg(default=0.2, help="the probability ratio is clipped to 1 - epsilon .. 1 + epsilon")
+    lr: float = HfArg(default=1e-6, help="AdamW's learning rate at the start, decaying linearly to 0")
+    max_steps: int = HfArg(default=1000, help="steps, each one rollout of prompts_per_step x group_size completions")
+    save_every: int = HfArg(default=100, help="steps between checkpoints")
+    seed: int = HfArg(default=42, help="of data order and sampling")
+    freeze_audio_encoder: bool = HfArg(default=False, help="train the language model and the projector only")
+    gradient_checkpointing: bool = HfArg(default=False, help="recompute activations in the backward pass: less memory")
+    log_with: str = HfArg(default="", help="tensorboard or wandb, beside metrics.jsonl")
+
+
+# ------------------------------------------------------------------------------------------- 1. a group of samples
+
+
+def embed_prompt(model, inputs: dict) -> torch.Tensor:
+    """Prompt embeddings (B, P, D), the encoder's output written over the audio placeholders."""
+    tower = model.model.audio_tower
+    frames = inputs["feature_attention_mask"].sum(-1)  # (B,) mel frames that carry sound
+    convolved, pooled = tower._get_feat_extract_output_lengths(frames)  # (B,), (B,) after stride 2, after stride 4
+    window = inputs["input_features"].shape[-1]
+    heard = torch.arange(window // 2, device=frames.device) < convolved[:, None]  # (B, frames / 2)
+    audio = tower(inputs["input_features"], attention_mask=heard[:, None, None]).last_hidden_state
+    audio = model.model.multi_modal_projector(audio)  # (B, frames / 4, D)
+    audio = audio[torch.arange(window // 4, device=frames.device) < pooled[:, None]]  # (all placeholders, D)
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    placeholder = inputs["input_ids"] == model.config.audio_token_id
+    return embeds.masked_scatter(placeholder[..., None], audio.to(embeds.dtype))
+
+
+def prompt_positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Position ids (B, P) that start at 0 where the left padding ends; transformers would count the padding too."""
+    return (attention_mask.cumsum(-1) - 1).clamp_min(0)
+
+
+def draw(logits: torch.Tensor, u: torch.Tensor, temperature: float) -> torch.Tensor:
+    """One token (N,) per row of logits (N, V): the first at which the cumulative probability reaches u (N,) in (0, 1]."""
+    cdf = torch.softmax(logits / temperature, dim=-1).cumsum(-1)
+    return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:])[:, 0]
+
+
+@torch.no_grad()
+def sample(model, inputs: dict, eos_ids: list[int], max_new_tokens: int, temperature=1.0, noise=None):
+    """Completions of B prompts: ids (B, G, T), mask (B, G, T) True up to and including the first EOS.
+
+    noise: uniform numbers in (0, 1], (B, G, max_new_tokens), one for each token, so that a sample depends on its own
+    numbers alone and not on batch or process; None: greedy, G = 1. The prompt runs once, then its KV cache is repeated G times.
+    """
+    lm, prompt_mask = model.model.language_model, inputs["attention_mask"]
+    B, G = len(prompt_mask), 1 if noise is None else noise.shape[1]
+    eos = torch.tensor(eos_ids, device=prompt_mask.device)
+    cache = DynamicCache(config=model.config.text_config)
+    hidden = lm(
+        inputs_embeds=embed_prompt(model, inputs),
+        attention_mask=prompt_mask,
+        position_ids=prompt_positions(prompt_mask),
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state[:, -1]  # (B, D)
+    cache.batch_repeat_interleave(G)
+    hidden, mask = hidden.repeat_interleave(G, 0), prompt_mask.repeat_interleave(G, 0)  # (B*G, D), (B*G, P)
+    position, tokens = mask.sum(1, keepdim=True), []
+    while True:
+        logits = model.lm_head(hidden).float()  # (B*G, V)
+        token = logits.argmax(-1) if noise is None else draw(logits, noise[..., len(tokens)].flatten(), temperature)
+        tokens.append(token)
+        ids = torch.stack(tokens, 1).view(B, G, -1)  # (B, G, t)
+        ended = torch.isin(ids, eos)
+        if len(tokens) == max_new_tokens or ended.any(-1).all():
+            # by position: what follows the first EOS is filler, whatever its id
+            return ids, ended.cumsum(-1) - ended.long() == 0
+        mask = torch.cat([mask, mask.new_ones(B * G, 1)], 1)
+        hidden = lm(
+            inputs_embeds=model.get_input_embeddings()(token[:, None]),
+            attention_mask=mask,
+            position_ids=position + len(tokens) - 1,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state[:, -1]
+
+
+# ------------------------------------------------------------------------------------------------- 2. advantages
+
+
+def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
+    """A (B, G) = (r - mean) / (std + 1e-4) within each group; std with G - 1, as TRL and R1-AQA."""
+    return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
+
+
+# ---------------------------------------------------------------------- 3. log-probs, the prompt computed once a group
+
+
+def shared_prompt_logps(model, inputs: dict, ids: torch.Tensor, mask: torch.Tensor, temperature: float):
+    """Log-probs (B, G, T), fp32, of completions ids (B, G, T) under softmax(logits / T); 0 where mask is False.
+
+    One row per prompt: [prompt, o_1, ..., o_G], nothing between. A completion sees the prompt and itself, and its
+    positions go on from the prompt's, so each token sees what it would see in a row of its own.
+    """
+    (B, G, T), P = ids.shape, inputs["attention_mask"].shape[1]
+    prompt_mask, mask = inputs["attention_mask"].bool(), mask.flatten(1)  # (B, P), (B, G*T)
+    # places of the real tokens in (G*T), moved to the front: these are the N columns after the prompt
+    packed = (~mask).long().argsort(dim=1, stable=True)[:, : mask.sum(1).max()]  # (B, N)
+    real = mask.gather(1, packed)
+    group, t = packed // T, packed % T
+    tokens = ids.flatten(1).gather(1, packed)
+
+    # segment: 0 the prompt, 1..G the completions, -1 padding
+    segment = torch.cat([prompt_mask.long() - 1, torch.where(real, group + 1, -1)], 1)  # (B, P+N)
+    position = torch.cat([prompt_positions(prompt_mask), prompt_mask.sum(1, keepdim=True) + t], 1)
+    query, key = segment[:, :, None], segment[:, None, :]
+    visible = ((key == 0) | (key == query)) & (position[:, None, :] <= position[:, :, None])  # (B, P+N, P+N)
+
+    # completions are embedded as plain tokens: a placeholder drawn by chance must not take audio
+    embeds = torch.cat([embed_prompt(model, inputs), model.get_input_embeddings()(tokens)], 1)
+    hidden = model.model.language_model(
+        inputs_embeds=embeds, attention_mask=visible[:, None], position_ids=position, use_cache=False
+    ).last_hidden_state  # (B, P+N, D)
+
+    # a token is predicted one column before its own; the first of every completion by the prompt's last
+    column = torch.arange(P, P + packed.shape[1], device=ids.device) - 1
+    predictor = torch.where(t == 0, P - 1, column)  # (B, N)
+    hidden = hidden.gather(1, predictor[..., None].expand(-1, -1, hidden.shape[-1]))[real]  # (all real tokens, D)
+    logits = model.lm_head(hidden).float() / temperature
+    logp = logits.gather(1, tokens[real][:, None])[:, 0] - logits.logsumexp(-1)
+    return logp.new_zeros(B, G * T).masked_scatter(mask, logp).view(B, G, T)
+
+
+class Policy(nn.Module):
+    """The model as accelerate wraps it. Only a call of the wrapped module synchronises gradients between processes."""
+
+    def __init__(self, model, temperature: float = 1.0):
+        super().__init__()
+        self.model, self.temperature = model, temperature
+
+    def forward(self, inputs, ids, mask):
+        return shared_prompt_logps(self.model, inputs, ids, mask, self.temperature)
+
+
+# --------------------------------------------------------------------------------------------------- 4. the loss
+
+
+def grpo_loss(logp, old_logp, ref_logp, advantages, mask, epsilon: float, beta: float):
+    """The loss and, for the eye, the KL and the share of clipped tokens: three scalars, means over completions.
+
+    logp, old_logp, ref_logp, mask: (B, G, T); advantages: (B, G); ref_logp may be None where beta is 0.
+    L = - mean_i 1/|o_i| sum_t [min(rho A_i, clip(rho, 1 - eps, 1 + eps) A_i) - beta kl]    arXiv 2402.03300, eq. 3
+    kl = exp(ref - logp) - (ref - logp) - 1                                                 its eq. 4 (k3)
+    """
+    rho, A = torch.exp(logp - old_logp), advantages[..., None]
+    free, clipped = rho * A, rho.clamp(1 - epsilon, 1 + epsilon) * A
+    log_ratio = torch.zeros_like(logp) if ref_logp is None else ref_logp - logp
+    kl = torch.exp(log_ratio) - log_ratio - 1
+
+    def mean(x):  # over the tokens of a completion, then over completions
+        return ((x * mask).sum(-1) / mask.sum(-1)).mean()
+
+    return -mean(torch.min(free, clipped) - beta * kl), mean(kl.detach()), mean((clipped < free).float())
+
+
+def load_reference(config: Config, accelerator: Accelerator):
+    """The frozen pi_ref. Under bf16 its matrices lie in bf16, as autocast would cast them: same KL, half the memory."""
+    model, _ = load_model(config.model, torch.float32)
+    if accelerator.mixed_precision == "bf16":
+        for module in model.modules():
+            if isinstance(module, (nn.Linear, nn.Conv1d)):
+                module.to(torch.bfloat16)
+    return model.to(accelerator.device).eval().requires_grad_(False)
+
+
+def now() -> float:
+    """Seconds, after the GPU has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+# -------------------------------------------------------------------------------------------------------- the loop
+
+
+def train(config: Config) -> None:
+    from evaluate import eval_accuracy  # here, for evaluate.py imports the sampler from this file
+
+    for name, least in (("group_size", 2), ("max_new_tokens", 1), ("num_iterations", 1)):
+        if getattr(config, name) < least:
+            raise BadInput(f"--{name} must be at least {least}, not {getattr(config, name)}")
+    if config.temperature <= 0:
+        raise BadInput(f"--temperature must be above 0, not {config.temperature}")
+    accelerator, examples, eval_examples = start(config)
+    device = accelerator.device
+
+    model, processor = load_model(config.model, torch.float32)  # fp32 masters: at lr 1e-6 bf16 loses the updates
+    set_trainable(model, config)
+    reference = load_reference(config, accelerator) if config.beta else None
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr, weight_decay=0.0)
+    policy, optimizer = accelerator.prepare(Policy(model, config.temperature), optimizer)
+    eos_ids = eos_tokens(model, processor)
+
+    B = config.prompts_per_step // accelerator.num_processes  # prompts of this process
+    G, T = config.group_size, config.max_new_tokens
+    micro_batches = [slice(i, i + config.micro_batch) for i in range(0, B, config.micro_batch)]
+    accuracies = []
+    bar = tqdm(range(config.max_steps), desc="GRPO", disable=not accelerator.is_main_process)
+    for step in bar:
+        metrics = {}
+        if eval_examples and step % config.eval_every == 0:
+            metrics["eval_accuracy"] = eval_accuracy(accelerator, model, processor, eval_examples, config)
+
+        # 1. a group of completions for each prompt
+        clock = [now()]
+        first = step * config.prompts_per_step + accelerator.process_index * B
+        batch = [examples[i] for i in stream_indices(len(examples), config.seed, first, B)]
+        inputs, cut = make_batch(processor, batch, config.prompt)
+        inputs = {name: value.to(device) for name, value in inputs.items()}
+        # the numbers behind a sample belong to its prompt, so that processes and batches change nothing
+        noise = [np.random.default_rng((config.seed, k, 1)).random((G, T), np.float32) for k in range(first, first + B)]
+        policy.eval()
+        with accelerator.autocast():
+            ids, mask = sample(model, inputs, eos_ids, T, config.temperature, 1 - torch.tensor(np.stack(noise)).to(device))
+        texts = decode(processor, eos_ids, ids, mask)
+
+        # 2. rewards (B, G) and advantages
+        accuracy = [[accuracy_reward(o, e.answer, config.prompt) for o in group] for group, e in zip(texts, batch)]
+        well_formed = [[format_reward(o, config.prompt) for o in group] for group in texts]
+        accuracy, well_formed = torch.tensor(accuracy), torch.tensor(well_formed)
+        rewards = accuracy + well_formed
+        advantages = group_advantages(rewards).to(device)
+        clock.append(now())
+
+        # 3. the reference's log-probs
+        ref_logp = [None] * len(micro_batches)
+        if reference:
+            with torch.no_grad(), accelerator.autocast():
+                ref_logp = [
+                    shared_prompt_logps(reference, take(inputs, rows), ids[rows], mask[rows], config.temperature)
+                    for rows in micro_batches
+                ]
+        clock.append(now())
+
+        # 4. the policy's, the loss and the update; old_logp is what the first pass finds, before any update
+        policy.train()
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * (1 - step / config.max_steps)
+        old_logp, losses = [], []
+        for iteration in range(config.num_iterations):
+            for i, rows in enumerate(micro_batches):
+                with nullcontext() if rows.stop == B else accelerator.no_sync(policy):
+                    logp = policy(take(inputs, rows), ids[rows], mask[rows])  # (micro_batch, G, T)
+                    if iteration == 0:
+                        old_logp.append(logp.detach())
+                    loss, kl, clipped = grpo_loss(
+                        logp, old_logp[i], ref_logp[i], advantages[rows], mask[rows], config.epsilon, config.beta
+                    )
+                    accelerator.backward(loss / len(micro_batches))  # and over processes, DDP takes the mean
+                losses.append(torch.stack([loss.detach(), kl, clipped]))
+            grad_norm = accelerator.clip_grad_norm_(policy.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        clock.append(now())
+
+        # what happened; every process has as many prompts, so the mean of the means is the mean
+        loss, kl, clipped = torch.stack(losses).mean(0).tolist()
+        spread, lengths = rewards.std(1), mask.sum(-1).float()
+        unended = ~torch.isin(ids, torch.tensor(eos_ids, device=device)).any(-1)
+        metrics |= {
+            "reward": rewards.mean(),
+            "reward_accuracy": accuracy.mean(),
+            "reward_format": well_formed.mean(),
+            "reward_std": spread.mean(),
+            "zero_std_groups": (spread == 0).float().mean(),
+            "kl": kl,
+            "clip_fraction": clipped,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": optimizer.param_groups[0]["lr"],
+            "completion_tokens": lengths.mean(),
+            "truncated": unended.float().mean(),
+            "unique_completions": np.mean([len(set(group)) for group in texts]),
+            "clips_cut": cut / B,
+            "seconds_sample": clock[1] - clock[0],
+            "seconds_score": clock[2] - clock[1],
+            "seconds_update": clock[3] - clock[2],
+        }
+        done = step + 1
+        if done == config.max_steps and eval_examples:
+            metrics["eval_accuracy"] = eval_accuracy(accelerator, model, processor, eval_examples, config)
+        metrics = write_metrics(accelerator, config, step, metrics)
+        accuracies += [metrics["eval_accuracy"]] if "eval_accuracy" in metrics else []
+        bar.set_postfix_str(
+            f"reward {metrics['reward']:.2f} accuracy {metrics['reward_accuracy']:.2f} KL {metrics['kl']:.3f} "
+            f"{clock[3] - clock[0]:.2f} s/step"
+        )
+        if step % config.save_every == 0:
+            show_group(accelerator, step, batch[0], texts[0], rewards[0], advantages[0])
+        if done % config.save_every == 0:
+            save_model(accelerator, os.path.join(config.output, f"checkpoint-{done}"), model, processor, config)
+
+    save_model(accelerator, config.output, model, processor, config)
+    if accuracies:
+        accelerator.print(f"held-out accuracy: {accuracies[0]:.1%} before, {accuracies[-1]:.1%} after {config.max_steps} steps")
+    accelerator.print(f"the model is in {config.output}, its curves in {config.output}/metrics.jsonl")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def show_group(accelerator, step: int, example: Example, texts: list[str], rewards, advantages) -> None:
+    """One prompt with its completions, for the eye."""
+    lines = [f"step {step}: {example.question} {example.choices} -> {example.answer}"]
+    lines += [f"  reward {r:.0f}  advantage {A:+.2f}  {o!r}" for o, r, A in zip(texts, rewards, advantages)]
+    if accelerator.is_main_process:
+        tqdm.write("\n".join(lines))
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    if not argv:
+        from toy import prepare_run  # a real run needs none of it
+
+        argv = prepare_run(PartialState())
+    train(parse(Config, __doc__, argv))
+
+
+if __name__ == "__main__":
+    run(main)

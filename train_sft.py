@@ -1,0 +1,230 @@
+"""Supervised fine-tuning, the baseline of R1-AQA (arXiv 2503.11197), and what every training run here needs.
+
+    accelerate launch --mixed_precision bf16 train_sft.py \\
+        --model Qwen/Qwen2-Audio-7B-Instruct --data avqa_train.jsonl --output runs/sft
+
+The loss is the mean of -log pi(token | audio, prompt, tokens before) over all answer tokens of a step. The log-probs are
+GRPO's, with a group of one: same prompts, same data order, same flags where they mean the same.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+
+import torch
+from accelerate import Accelerator, PartialState
+from tqdm import tqdm
+from transformers import AutoConfig, AutoProcessor, HfArgumentParser, Qwen2AudioForConditionalGeneration
+from transformers.hf_argparser import HfArg
+
+from data import PROMPTS, BadInput, Example, check_audio, load_examples, make_batch, stream_indices, take
+
+
+@dataclass
+class Config:
+    model: str = HfArg(default="Qwen/Qwen2-Audio-7B-Instruct", help="hub name or folder of a Qwen2-Audio model")
+    data: str = HfArg(default="", help="training questions: JSON or JSON Lines, see README")
+    audio_dir: str = HfArg(default="", help="folder of the clips; empty: beside the questions")
+    eval_data: str = HfArg(default="", help="questions to measure accuracy on while training; empty: none")
+    eval_every: int = HfArg(default=100, help="steps between two such measurements")
+    output: str = HfArg(default="runs/sft", help="folder for metrics, checkpoints and the final model")
+    prompt: str = HfArg(default="answer", help="plain or answer; there are no thoughts to imitate for think")
+    max_new_tokens: int = HfArg(default=256, help="of an answer, when accuracy is measured")
+    prompts_per_step: int = HfArg(default=16, help="examples per optimizer step, all processes together")
+    micro_batch: int = HfArg(default=1, help="examples in one forward on one process; changes memory, not results")
+    lr: float = HfArg(default=1e-5, help="AdamW's learning rate at the start, decaying linearly to 0")
+    epochs: float = HfArg(default=1.0, help="passes over the data, where --max_steps does not say")
+    max_steps: int = HfArg(default=0, help="optimizer steps; 0: as --epochs says")
+    save_every: int = HfArg(default=100, help="steps between checkpoints")
+    seed: int = HfArg(default=42, help="of data order")
+    freeze_audio_encoder: bool = HfArg(default=False, help="train the language model and the projector only")
+    gradient_checkpointing: bool = HfArg(default=False, help="recompute activations in the backward pass: less memory")
+    log_with: str = HfArg(default="", help="tensorboard or wandb, beside metrics.jsonl")
+
+
+# ---------------------------------------------------------------------------------- a training run, SFT's or GRPO's
+
+
+def run(main) -> None:
+    """Call main; bad input becomes one line and exit status 1."""
+    try:
+        main()
+    except BadInput as error:
+        sys.exit(f"error: {error}")
+
+
+class Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """The script's docstring as it stands, and every flag with its default."""
+
+
+def parse(config_class, description: str, argv: list[str] | None = None):
+    """Flags into a settings dataclass."""
+    parser = HfArgumentParser(config_class, description=description, formatter_class=Help)
+    return parser.parse_args_into_dataclasses(argv)[0]
+
+
+def start(config) -> tuple[Accelerator, list[Example], list[Example]]:
+    """Check what both kinds of training have in common, read the questions, open the output folder."""
+    num_processes = PartialState().num_processes
+    if config.prompt not in PROMPTS:
+        raise BadInput(f"--prompt {config.prompt}: unknown, choose one of {', '.join(PROMPTS)}")
+    if not config.data:
+        raise BadInput("--data is missing: the file of training questions")
+    for name in ("prompts_per_step", "micro_batch", "save_every", "eval_every", "max_new_tokens"):
+        if getattr(config, name) < 1:
+            raise BadInput(f"--{name} must be at least 1, not {getattr(config, name)}")
+    if config.prompts_per_step % (num_processes * config.micro_batch):
+        share = f"{num_processes} process(es) x --micro_batch {config.micro_batch}"
+        raise BadInput(f"--prompts_per_step {config.prompts_per_step} does not divide by {share}")
+    if config.log_with not in ("", "tensorboard", "wandb"):
+        raise BadInput(f"--log_with {config.log_with}: unknown, choose tensorboard or wandb")
+    examples = load_examples(config.data, config.audio_dir)
+    eval_examples = load_examples(config.eval_data, config.audio_dir) if config.eval_data else []
+    check_audio(examples + eval_examples)
+    if os.path.exists(config.output) and (not os.path.isdir(config.output) or os.listdir(config.output)):
+        raise BadInput(f"--output {config.output}: already holds a run or other files; remove it or name another folder")
+
+    PartialState().wait_for_everyone()  # until all have seen the folder empty
+    accelerator = Accelerator(log_with=config.log_with or None, project_dir=config.output)
+    if accelerator.is_main_process:
+        os.makedirs(config.output, exist_ok=True)
+    accelerator.init_trackers("r1-aqa", asdict(config))
+    if config.log_with and accelerator.is_main_process and not accelerator.trackers:
+        raise BadInput(f"--log_with {config.log_with}: not installed, pip install {config.log_with}")
+    if accelerator.device.type == "cpu" and torch.get_num_threads() == 1:
+        torch.set_num_threads(max(1, os.cpu_count() // num_processes))  # accelerate launch leaves one thread
+    if accelerator.device.type == "cuda" and accelerator.mixed_precision == "no":
+        accelerator.print("computing in fp32: `accelerate launch --mixed_precision bf16` is several times faster")
+    return accelerator, examples, eval_examples
+
+
+def load_model(path: str, dtype="auto"):
+    """A Qwen2-Audio model, known by its config and not by its name, and its processor."""
+    try:
+        kind = AutoConfig.from_pretrained(path).model_type
+        if kind != "qwen2_audio":
+            raise BadInput(f"{path}: is a {kind} model, and only qwen2_audio is supported")
+        processor = AutoProcessor.from_pretrained(path)
+        # sdpa takes the masks of shared_prompt_logps; eager attention would read them wrongly
+        model = Qwen2AudioForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: cannot load the model ({str(error).strip().splitlines()[0]})") from None
+    processor.tokenizer.padding_side = "left"  # for sampling, whatever the hub's tokenizer config says
+    return model, processor
+
+
+def set_trainable(model, config) -> None:
+    """Which weights learn, and whether activations are kept or computed again."""
+    if config.freeze_audio_encoder:
+        model.model.audio_tower.requires_grad_(False)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def write_metrics(accelerator: Accelerator, config, step: int, metrics: dict) -> dict:
+    """Mean over processes, as one line of metrics.jsonl and to the trackers; returned as floats of six digits."""
+    values = torch.tensor([float(value) for value in metrics.values()], device=accelerator.device)
+    values = accelerator.reduce(values, "mean").tolist()
+    metrics = {name: float(f"{value:.6g}") for name, value in zip(metrics, values)}
+    if accelerator.is_main_process:
+        with open(os.path.join(config.output, "metrics.jsonl"), "a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+    accelerator.log(metrics, step)
+    return metrics
+
+
+def save_model(accelerator: Accelerator, folder: str, model, processor, config) -> None:
+    """What `from_pretrained` loads, and the settings (run.json). config.json comes last: a folder with one is whole."""
+    if accelerator.is_main_process:
+        dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+        aside = os.path.join(folder, "partial")
+        model.save_pretrained(aside, state_dict={k: w.to("cpu", dtype) for k, w in model.state_dict().items()})
+        processor.save_pretrained(aside)
+        with open(os.path.join(aside, "run.json"), "w") as file:
+            json.dump(asdict(config), file, indent=2)
+        model.config.dtype = dtype  # as the weights are stored, not as they were trained
+        model.config.save_pretrained(aside)
+        for name in sorted(os.listdir(aside), key="config.json".__eq__):
+            os.replace(os.path.join(aside, name), os.path.join(folder, name))
+        os.rmdir(aside)
+    accelerator.wait_for_everyone()
+
+
+# -------------------------------------------------------------------------------------------- supervised fine-tuning
+
+
+def answer_batch(processor, examples: list[Example], prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Answers as groups of one: ids and mask (B, 1, T), each ending as the chat template ends a turn."""
+    target = "{}" if prompt == "plain" else "<answer>{}</answer>"
+    texts = [target.format(example.answer) + "<|im_end|>" for example in examples]
+    tokens = processor.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+    return tokens["input_ids"][:, None], tokens["attention_mask"][:, None].bool()
+
+
+def train(config: Config) -> None:
+    from evaluate import eval_accuracy  # here, for both files import this one
+    from train_grpo import Policy
+
+    if config.prompt == "think":
+        raise BadInput("--prompt think: the data holds no thoughts to imitate; choose plain or answer")
+    accelerator, examples, eval_examples = start(config)
+    device = accelerator.device
+    model, processor = load_model(config.model, torch.float32)  # fp32 masters, as in train_grpo.py
+    set_trainable(model, config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr, weight_decay=0.0)
+    policy, optimizer = accelerator.prepare(Policy(model), optimizer)
+
+    B = config.prompts_per_step // accelerator.num_processes  # examples of this process
+    micro_batches = [slice(i, i + config.micro_batch) for i in range(0, B, config.micro_batch)]
+    max_steps = config.max_steps or math.ceil(config.epochs * len(examples) / config.prompts_per_step)
+    bar = tqdm(range(max_steps), desc="SFT", disable=not accelerator.is_main_process)
+    for step in bar:
+        metrics, began = {}, time.perf_counter()
+        if eval_examples and step % config.eval_every == 0:
+            metrics["eval_accuracy"] = eval_accuracy(accelerator, model, processor, eval_examples, config)
+
+        first = step * config.prompts_per_step + accelerator.process_index * B
+        batch = [examples[i] for i in stream_indices(len(examples), config.seed, first, B)]
+        inputs, cut = make_batch(processor, batch, config.prompt)
+        inputs = {name: value.to(device) for name, value in inputs.items()}
+        ids, mask = (tensor.to(device) for tensor in answer_batch(processor, batch, config.prompt))
+        n_tokens = accelerator.reduce(mask.sum())  # answer tokens of the whole step
+
+        policy.train()
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * (1 - step / max_steps)
+        total = torch.zeros((), device=device)
+        for rows in micro_batches:
+            with nullcontext() if rows.stop == B else accelerator.no_sync(policy):
+                logp = policy(take(inputs, rows), ids[rows], mask[rows])  # (micro_batch, 1, T)
+                # DDP takes the mean over processes, and the loss is a sum over all of them
+                loss = -logp.sum() / n_tokens * accelerator.num_processes
+                accelerator.backward(loss)
+            total += loss.detach()
+        grad_norm = accelerator.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        metrics |= {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], "clips_cut": cut / B}
+        metrics |= {"answer_tokens": n_tokens, "seconds": time.perf_counter() - began}
+        done = step + 1
+        if done == max_steps and eval_examples:
+            metrics["eval_accuracy"] = eval_accuracy(accelerator, model, processor, eval_examples, config)
+        metrics = write_metrics(accelerator, config, step, metrics)
+        bar.set_postfix_str(f"loss {metrics['loss']:.3f} {metrics['seconds']:.2f} s/step")
+        if done % config.save_every == 0:
+            save_model(accelerator, os.path.join(config.output, f"checkpoint-{done}"), model, processor, config)
+
+    save_model(accelerator, config.output, model, processor, config)
+    accelerator.print(f"the model is in {config.output}, its curves in {config.output}/metrics.jsonl")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run(lambda: train(parse(Config, __doc__)))
