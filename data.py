@@ -155,15 +155,15 @@ def chat_text(processor, example: Example, prompt: str) -> str:
 def load_audio(path: str) -> np.ndarray:
     """Samples (n,) float32 at 16 kHz: channel 0, as R1-AQA (not a mean), resampled by soxr.
 
-    Raises BadInput on what is no sound: unreadable, shorter than three frames of 10 ms, samples not finite.
+    Raises BadInput on what is no sound: unreadable, shorter than 0.1 s, samples not finite.
     """
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError) as error:
         raise BadInput(f"{path}: cannot be read as audio ({getattr(error, 'error_string', error)})") from None
     wave = soxr.resample(samples[:, 0], rate, SAMPLE_RATE) if rate != SAMPLE_RATE else samples[:, 0]
-    if len(wave) < 3 * SAMPLE_RATE // 100:
-        raise BadInput(f"{path}: empty audio ({len(samples)} samples at {rate} Hz)")
+    if len(wave) < SAMPLE_RATE // 10:
+        raise BadInput(f"{path}: empty audio ({len(samples)} samples at {rate} Hz, and 0.1 s is the least)")
     if not np.isfinite(wave).all():
         raise BadInput(f"{path}: has samples that are not finite numbers")
     return wave

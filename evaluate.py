@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
@@ -51,3 +52,68 @@ def eval_accuracy(accelerator: Accelerator, model, processor, examples: list[Exa
         texts, _ = predict(model, processor, mine, config.prompt, batch_size, config.max_new_tokens, quiet=True)
     right = sum(mmau_match(extract_answer(o, config.prompt), e.answer, e.choices) for o, e in zip(texts, mine))
     return accelerator.reduce(torch.tensor(float(right), device=accelerator.device)).item() / len(examples)
+
+
+def trained_prompt(model: str) -> str:
+    """The prompt style that a checkpoint of ours was trained with (its run.json), else the default."""
+    try:
+        with open(os.path.join(model, "run.json")) as file:
+            return json.load(file)["prompt"]
+    except (OSError, ValueError, KeyError):
+        return "answer"
+
+
+def main() -> None:
+    config = parse(Config, __doc__)
+    if not config.data:
+        raise BadInput("--data is missing: the file of questions")
+    prompt = config.prompt or trained_prompt(config.model)
+    if prompt not in PROMPTS:
+        raise BadInput(f"--prompt {prompt}: unknown, choose one of {', '.join(PROMPTS)}")
+    for name in ("batch_size", "max_new_tokens"):
+        if getattr(config, name) < 1:
+            raise BadInput(f"--{name} must be at least 1, not {getattr(config, name)}")
+    target = os.path.join(config.output, "predictions.json")
+    if os.path.exists(target):
+        raise BadInput(f"{target}: already there; remove it or name another --output")
+    examples = load_examples(config.data, config.audio_dir, need_answers=False)[: config.limit or None]
+    check_audio(examples)
+
+    accelerator = Accelerator()
+    model, processor = load_model(config.model)
+    model.to(accelerator.device).eval()
+    # every process answers each n-th question; pairs with their places come back
+    mine = range(accelerator.process_index, len(examples), accelerator.num_processes)
+    quiet = not accelerator.is_main_process
+    part = [examples[i] for i in mine]
+    texts, cut = predict(model, processor, part, prompt, config.batch_size, config.max_new_tokens, quiet)
+    answered = dict(gather_object(list(zip(mine, texts))))
+    cut = sum(gather_object([cut]))
+    if accelerator.is_main_process:
+        rows, right = [], defaultdict(list)
+        for i, example in enumerate(examples):
+            answer = extract_answer(answered[i], prompt)
+            # both keys that the benchmark's own script has used
+            rows.append(example.row | {"model_output": answer, "model_prediction": answer, "completion": answered[i]})
+            if example.answer is not None:
+                correct = mmau_match(answer, example.answer, example.choices)
+                for group in ("all", str(example.row.get("task", example.row.get("modality", "no task")))):
+                    right[group].append(correct)
+        os.makedirs(config.output, exist_ok=True)
+        with open(f"{target}.partial", "w", encoding="utf-8") as file:
+            json.dump(rows, file, indent=2, ensure_ascii=False)
+        os.replace(f"{target}.partial", target)
+        for group, scores in sorted(right.items(), key=lambda item: (item[0] == "all", item[0])):
+            print(f"{group:<12} {sum(scores) / len(scores):6.1%}  {sum(scores)} of {len(scores)}")
+        if not right:
+            print("the file has no answers, so there is nothing to score")
+        if cut:
+            seconds = processor.feature_extractor.chunk_length
+            print(f"{cut} of {len(examples)} clips are longer than the {seconds} s the model hears; the rest was not heard")
+        print(f"prompt {prompt}; predictions in {target}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -189,7 +189,7 @@ def make_model(folder: str, seed: int) -> None:
 
 # -------------------------------------------------------------------------------------------------------- the runs
 
-WARMUP = "--lr 7e-4 --max_steps 300 --prompts_per_step 4 --micro_batch 4 --seed 0 --save_every 300"
+WARMUP = "--lr 7e-4 --max_steps 260 --prompts_per_step 4 --micro_batch 4 --seed 0 --save_every 300"
 GRPO = "--lr 4e-4 --max_steps 400 --max_new_tokens 16 --eval_every 50 --save_every 200"
 
 

@@ -1,0 +1,213 @@
+import json
+import re
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from data import PROMPTS, BadInput, Example, check_audio, chat_text, load_audio, load_examples, make_batch, stream_indices
+from train_sft import load_model
+
+OWN = {"audio": "a.wav", "question": "What is in the video?", "choices": ["dog", "cat"], "answer": "cat"}
+AVQA = {"id": 1, "video_name": "x_y-z_000030", "video_id": 1, "question_text": "What is in the video?", "multi_choice": ["dog", "cat"], "answer": 1, "question_relation": "Both", "question_type": "Which"}  # fmt: skip
+CONVERTED = {"audio_path": "a.wav", "question_text": "What is in the video?", "multi_choice": ["dog", "cat"], "answer": 1}
+MMAU = {"id": "a", "audio_id": "./test-mini-audios/a.wav", "question": "What is it?", "choices": ["dog", "cat"], "answer": "cat", "dataset": "AudioSet", "task": "sound", "split": "test-mini", "category": ["Reasoning"], "sub-category": "x", "difficulty": "easy"}  # fmt: skip
+MMAR = {"audio_path": "./audio/a.wav", "question": "What is it?", "choices": ["dog", "cat"], "answer": "cat", "modality": "mix"}
+
+
+def write(path, rows, as_list=False):
+    path.write_text(json.dumps(rows) if as_list else "".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+# ------------------------------------------------------------------------------------------------------------ rows
+
+
+@pytest.mark.parametrize("row", [OWN, AVQA, CONVERTED, MMAU, MMAR], ids=["own", "AVQA", "R1-AQA", "MMAU", "MMAR"])
+@pytest.mark.parametrize("as_list", [True, False], ids=["JSON list", "JSON Lines"])
+def test_every_source_becomes_the_same_example(tmp_path, row, as_list):
+    (example,) = load_examples(write(tmp_path / "rows", [row], as_list))
+    assert (example.choices, example.answer, example.row) == (["dog", "cat"], "cat", row)
+    assert example.audio.startswith(str(tmp_path))
+
+
+def test_avqa_asks_about_the_audio_and_others_stay_as_they_are(tmp_path):
+    questions = [example.question for example in load_examples(write(tmp_path / "rows", [CONVERTED, AVQA, OWN]))]
+    assert questions == ["What is in the audio?"] * 2 + ["What is in the video?"]
+
+
+def test_test_rows_without_answers_can_be_answered_but_not_trained_on(tmp_path):
+    path = write(tmp_path / "rows", [{k: v for k, v in MMAU.items() if k != "answer"}])
+    assert load_examples(path, need_answers=False)[0].answer is None
+    with pytest.raises(BadInput, match="rows:1: has no answer"):
+        load_examples(path)
+
+
+@pytest.mark.parametrize("name", ["x_y-z_30.wav", "x_y-z_000030.wav", "x_y-z_000000.wav", "x_y-z_000030.flac", "x_y-z_30.mp3"])
+def test_avqa_clips_are_found_under_every_known_name(tmp_path, name):
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / name).touch()
+    (example,) = load_examples(write(tmp_path / "rows", [AVQA]), str(tmp_path / "clips"))
+    assert example.audio == str(tmp_path / "clips" / name)
+
+
+def test_clips_are_found_in_the_folder_itself_too(tmp_path):
+    (tmp_path / "a.wav").touch()
+    assert load_examples(write(tmp_path / "rows", [MMAU]), str(tmp_path))[0].audio == str(tmp_path / "a.wav")
+
+
+BAD_ROWS = {
+    "not an object": (["a"], "not a JSON object"),
+    "no question": (OWN | {"question": " "}, "no question (key 'question')"),
+    "no AVQA question": ({"multi_choice": ["a", "b"], "answer": 0, "audio_path": "a"}, "no question (key 'question_text')"),
+    "no options": ({k: v for k, v in OWN.items() if k != "choices"}, "no list of at least two options (key 'choices')"),
+    "one option": (OWN | {"choices": ["cat"]}, "at least two options"),
+    "options as text": (OWN | {"choices": "dog, cat"}, "at least two options"),
+    "empty option": (OWN | {"choices": ["cat", ""]}, "option 2 is not text: ''"),
+    "option is null": (AVQA | {"multi_choice": [None, "cat"]}, "option 1 is not text: None"),
+    "index out of range": (AVQA | {"answer": 2}, "an index from 0 to 1, not 2"),
+    "negative index": (AVQA | {"answer": -1}, "an index from 0 to 1, not -1"),
+    "index as text": (AVQA | {"answer": "cat"}, "an index from 0 to 1, not 'cat'"),
+    "not an option": (OWN | {"answer": "bird"}, "answer 'bird' is not among the options ['dog', 'cat']"),
+    "no audio": ({k: v for k, v in OWN.items() if k != "audio"}, "no audio"),
+    "special token": (OWN | {"question": "What is <|AUDIO|>?"}, "special token <|AUDIO|>"),
+}
+
+
+@pytest.mark.parametrize("row, says", BAD_ROWS.values(), ids=BAD_ROWS)
+def test_a_bad_row_is_named_with_its_file_line_and_reason(tmp_path, row, says):
+    for as_list, place in ((False, "rows:3: "), (True, "rows: row 3: ")):
+        with pytest.raises(BadInput) as error:
+            load_examples(write(tmp_path / "rows", [OWN, OWN, row], as_list))
+        assert place in str(error.value) and says in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text, says", [("", "no rows"), ("[]", "no rows"), ("{}\n{'a': 1}", ":2: not JSON"), ("[\n1,\n", ":3: not JSON")])
+def test_a_file_that_is_no_data_is_refused(tmp_path, text, says):
+    (tmp_path / "rows").write_text(text.replace("{}", json.dumps(OWN)))
+    with pytest.raises(BadInput, match=re.escape(says)):
+        load_examples(str(tmp_path / "rows"))
+
+
+def test_files_that_cannot_be_read_are_refused(tmp_path):
+    (tmp_path / "rows").write_bytes(b"\xff\xfe\x00")
+    for path in (tmp_path / "nowhere", tmp_path, tmp_path / "rows"):
+        with pytest.raises(BadInput, match="cannot be read as text"):
+            load_examples(str(path))
+
+
+def test_missing_clips_are_counted(tmp_path):
+    (tmp_path / "a.wav").touch()
+    examples = load_examples(write(tmp_path / "rows", [OWN, OWN | {"audio": "b.wav"}, OWN | {"audio": "c.wav"}]))
+    with pytest.raises(BadInput, match=r"rows:2: no audio file .*b.wav \(2 of 3 clips are missing\)"):
+        check_audio(examples)
+
+
+def test_the_stream_is_permutations_one_after_another():
+    stream = stream_indices(10, 42, 0, 30)
+    epochs = [stream[:10], stream[10:20], stream[20:]]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and epochs[0] != epochs[1]
+    assert stream_indices(10, 42, 7, 8) == stream[7:15]  # any window of it, whoever asks
+    assert stream_indices(10, 43, 0, 10) != epochs[0]
+
+
+# ----------------------------------------------------------------------------------------------- prompts and audio
+
+
+def test_prompts_are_r1_aqas(toy_model):
+    asked = "Which? Please choose the answer from the following options: [\"it's\", '{b}']."
+    example = Example("a.wav", "Which?", ["it's", "{b}"], "{b}", {}, "")
+    texts = {prompt: chat_text(toy_model[1], example, prompt) for prompt in PROMPTS}
+    frame = (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        "Audio 1: <|audio_bos|><|AUDIO|><|audio_eos|>\n{}<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert texts["plain"] == frame.format(asked)
+    assert texts["answer"] == frame.format(asked + " Output the final answer in <answer> </answer>.")
+    assert texts["think"] == frame.format(
+        asked + " Output the thinking process in <think> </think> and final answer in <answer> </answer>."
+    )
+
+
+def tone(seconds=1.0, rate=16_000, hertz=440):
+    return (0.5 * np.sin(2 * np.pi * hertz * np.arange(int(seconds * rate)) / rate)).astype(np.float32)
+
+
+@pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000])
+@pytest.mark.parametrize("kind, subtype", [("WAV", "PCM_24"), ("WAV", "FLOAT"), ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("MP3", None)])
+def test_audio_of_any_kind_becomes_the_same_16_khz(tmp_path, rate, kind, subtype):
+    path = tmp_path / "clip.wav"  # whatever it is: libsndfile reads by content
+    soundfile.write(path, tone(rate=rate), rate, format=kind, subtype=subtype)
+    wave = load_audio(str(path))
+    middle = slice(4_000, 12_000)  # codecs blur the ends
+    assert wave.dtype == np.float32 and abs(len(wave) - 16_000) < 2_000
+    spectrum = np.abs(np.fft.rfft(wave[middle]))
+    assert spectrum.argmax() * 2 == 440 and np.abs(wave[middle]).max() == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("channels", [2, 6])
+def test_channel_0_is_heard_and_no_other(tmp_path, channels):
+    clip = np.zeros((16_000, channels), np.float32)
+    clip[:, 0], clip[:, 1] = tone(), 0.9
+    soundfile.write(tmp_path / "clip.wav", clip, 16_000, subtype="FLOAT")
+    assert np.array_equal(load_audio(str(tmp_path / "clip.wav")), tone())
+
+
+def test_what_is_no_sound_is_refused_by_name(tmp_path):
+    def refused(name, match):
+        with pytest.raises(BadInput, match=f"{name}: {match}"):
+            load_audio(str(tmp_path / name))
+
+    refused("nowhere.wav", "cannot be read as audio")
+    (tmp_path / "text.wav").write_text("not a sound")
+    refused("text.wav", "cannot be read as audio")
+    (tmp_path / "nothing.wav").touch()
+    refused("nothing.wav", "cannot be read as audio")
+    soundfile.write(tmp_path / "empty.wav", tone(0), 16_000)
+    refused("empty.wav", "empty audio")
+    soundfile.write(tmp_path / "nan.wav", np.where(tone() > 0.4, np.nan, tone()), 16_000, subtype="FLOAT")
+    refused("nan.wav", "has samples that are not finite")
+
+
+def test_a_batch_is_padded_on_the_left_whatever_the_config_says(folder, examples, tmp_path):
+    _, processor = load_model(str(folder / "model"))
+    processor.tokenizer.padding_side = "right"
+    load_model(str(folder / "model"))[0].save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    _, processor = load_model(str(tmp_path))
+    inputs, _ = make_batch(processor, examples[:4], "answer")
+    padding = inputs["attention_mask"] == 0
+    assert padding.any() and (padding[:, :-1] >= padding[:, 1:]).all()  # padding first, then none
+
+
+def test_clips_past_the_window_are_counted(toy_model, tmp_path):
+    rows = []
+    for name, seconds in (("short", 1.5), ("whole", 2.0), ("long", 2.5), ("longer", 40.0)):
+        soundfile.write(tmp_path / f"{name}.wav", tone(seconds), 16_000)
+        rows.append(OWN | {"audio": f"{name}.wav"})
+    inputs, cut = make_batch(toy_model[1], load_examples(write(tmp_path / "rows", rows)), "answer")
+    assert cut == 2
+    assert inputs["feature_attention_mask"].sum(1).tolist() == [150, 200, 200, 200]
+
+
+def test_the_model_hears_what_the_processor_was_given(toy_model, examples):
+    """Old names of the processor's argument are dropped in silence, and the model answers blind."""
+    model, processor = toy_model
+    inputs, _ = make_batch(processor, examples[:1], "answer")
+    other, _ = make_batch(processor, [Example(**vars(examples[0]) | {"audio": examples[1].audio})], "answer")
+    assert torch.equal(inputs["input_ids"], other["input_ids"])
+    assert (model(**inputs).logits - model(**other).logits).abs().max() > 1e-2
+
+
+# ---------------------------------------------------------------------------------------------------------- models
+
+
+def test_a_models_class_comes_from_its_config(folder, tmp_path):
+    (tmp_path / "any-name").symlink_to(folder / "model")
+    assert type(load_model(str(tmp_path / "any-name"))[0]).__name__ == "Qwen2AudioForConditionalGeneration"
+    config = json.loads((folder / "model" / "config.json").read_text())
+    (tmp_path / "qwen2-audio").mkdir()
+    (tmp_path / "qwen2-audio" / "config.json").write_text(json.dumps(config["text_config"]))
+    with pytest.raises(BadInput, match="is a qwen2 model"):
+        load_model(str(tmp_path / "qwen2-audio"))

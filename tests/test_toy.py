@@ -1,0 +1,87 @@
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from accelerate import PartialState
+
+import toy
+from data import load_examples
+
+ROOT = Path(__file__).parent.parent
+
+
+def command(cwd, *words):
+    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, capture_output=True, text=True)
+
+
+def test_the_data_is_the_same_every_time(tmp_path):
+    for name in ("a", "b"):
+        toy.make_data(tmp_path / name, "test", 12, seed=2)
+    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
+    assert len(files) == 13
+    assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
+
+
+def test_questions_are_of_mmaus_three_kinds_and_cannot_be_guessed_from_the_place(folder):
+    kinds, places = defaultdict(set), set()
+    for example in load_examples(str(folder / "train.jsonl")):
+        kinds[example.row["task"]].add(example.row["kind"])
+        places.add(example.choices.index(example.answer))
+        assert len(set(example.choices)) == 4
+    assert {task: len(found) for task, found in kinds.items()} == {"sound": 2, "music": 2, "speech": 2}
+    assert places == {0, 1, 2, 3}
+
+
+def test_train_and_test_share_no_clip(folder):
+    clips = [path.read_bytes() for split in ("train", "test") for path in (folder / split).iterdir()]
+    assert len(set(clips)) == 36
+
+
+def test_a_second_run_reuses_the_toy_and_clears_the_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/toy/base").mkdir(parents=True)
+    (tmp_path / "runs/toy/grpo/checkpoint-200").mkdir(parents=True)
+    monkeypatch.setattr(toy, "make", lambda: pytest.fail("made it again"))
+    flags = toy.prepare_run(PartialState())
+    assert "offline toy" in capsys.readouterr().out and flags[:2] == ["--model", "runs/toy/base"]
+    assert not (tmp_path / "runs/toy/grpo").exists()
+
+
+@pytest.mark.slow
+def test_grpo_teaches_the_toy(tmp_path):
+    """The README's first command, then an evaluation of what it made."""
+    launched = command(tmp_path, "-m", "accelerate.commands.launch", ROOT / "train_grpo.py")
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    before, after = map(float, re.search(r"held-out accuracy: ([\d.]+)% before, ([\d.]+)% after", launched.stdout).groups())
+    print(f"toy: {before} % before, {after} % after")
+    assert 35 <= before <= 65 and after - before >= 20
+    lines = [json.loads(line) for line in open(tmp_path / "runs/toy/grpo/metrics.jsonl")]
+    assert len(lines) == 400 and abs(lines[0]["kl"]) < 1e-6
+    assert sum(line["reward"] for line in lines[-20:]) > sum(line["reward"] for line in lines[:20]) + 5
+    assert os.listdir(tmp_path / "runs/toy/base") and not (tmp_path / "runs/toy/init").exists()
+
+    flags = "--model runs/toy/grpo --data runs/toy/test.jsonl --output runs/toy/eval --max_new_tokens 16".split()
+    evaluated = command(tmp_path, ROOT / "evaluate.py", *flags)
+    assert re.search(rf"all +{after}%", evaluated.stdout), evaluated.stdout + evaluated.stderr[-3000:]
+
+
+@pytest.mark.parametrize("script", ["train_grpo.py", "train_sft.py", "evaluate.py"])
+def test_bad_input_ends_in_one_line_and_a_status(tmp_path, script):
+    (tmp_path / "bad.jsonl").write_text('{"audio": "a.wav"}\n')
+    done = command(tmp_path, ROOT / script, "--data", "bad.jsonl")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1] == "error: bad.jsonl:1: no question (key 'question')"
+    assert sorted(os.listdir(tmp_path)) == ["bad.jsonl"]
+
+
+@pytest.mark.parametrize("script", ["train_grpo.py", "train_sft.py", "evaluate.py"])
+def test_help_explains_every_flag_with_its_default(script):
+    done = command(ROOT, script, "--help")
+    flags = re.split(r"\n  (?=--)", done.stdout)[1:]
+    assert done.returncode == 0 and len(flags) >= 8
+    assert all("(default: " in flag for flag in flags), [flag for flag in flags if "(default: " not in flag]

@@ -1,0 +1,373 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from launch import launch
+from oracle import logps_one_by_one, logps_repeated, pad, prompt_alone
+
+from data import BadInput, decode, eos_tokens, make_batch, take
+from train_grpo import Config, Policy, draw, group_advantages, grpo_loss, sample, shared_prompt_logps, train
+
+
+def random_completions(model, lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [[torch.randint(10, 300, (n,), generator=generator) for n in group] for group in lengths]
+
+
+GROUPS = {
+    "unequal lengths": [[3, 7, 1, 5]],
+    "several prompts": [[3, 7, 1, 5], [2, 2, 9, 4], [1, 1, 6, 3]],
+    "one token each": [[1, 1, 1], [1, 1, 1]],
+    "a group of one": [[6], [2]],
+}
+
+# ------------------------------------------------------------------------------------------------------ log-probs
+
+
+@pytest.mark.parametrize("lengths", GROUPS.values(), ids=GROUPS)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_shared_prompt_logps_equal_the_repeated_forward(toy_model, examples, lengths, temperature):
+    model, processor = toy_model
+    examples = examples[1 : 1 + len(lengths)]
+    completions = random_completions(model, lengths)
+    inputs, _ = make_batch(processor, examples, "answer")
+    if len(lengths) == 3:
+        assert not inputs["attention_mask"].all()  # the case is meant to have padded prompts
+    ids, mask = pad(completions)
+    ours = shared_prompt_logps(model, inputs, ids, mask, temperature)
+    plain = logps_repeated(model, processor, examples, completions, temperature)
+    for b, group in enumerate(plain):
+        for g, logp in enumerate(group):
+            assert torch.allclose(ours[b, g, : len(logp)], logp, atol=1e-5)
+            assert (ours[b, g, len(logp) :] == 0).all()
+
+
+@pytest.mark.parametrize("lengths", GROUPS.values(), ids=GROUPS)
+def test_shared_prompt_gradients_equal_the_repeated_forward(toy_model, examples, lengths):
+    model, processor = toy_model
+    examples = examples[1 : 1 + len(lengths)]
+    completions = random_completions(model, lengths)
+    inputs, _ = make_batch(processor, examples, "answer")
+    ids, mask = pad(completions)
+    weight = torch.randn(ids.shape, generator=torch.Generator().manual_seed(1)) * mask
+
+    def gradients(loss):
+        model.zero_grad()
+        loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    ours = gradients((shared_prompt_logps(model, inputs, ids, mask, 1.0) * weight).sum())
+    plain = logps_repeated(model, processor, examples, completions)
+    plain = gradients(sum((logp * weight[b, g, : len(logp)]).sum() for b, group in enumerate(plain) for g, logp in enumerate(group)))
+    assert ours.keys() == plain.keys() and any("audio_tower" in name for name in ours)
+    for name, grad in plain.items():
+        assert torch.allclose(ours[name], grad, rtol=1e-4, atol=1e-5 * max(1, grad.abs().max())), name
+
+
+def test_a_placeholder_in_a_completion_is_a_plain_token(toy_model, examples):
+    model, processor = toy_model
+    completions = random_completions(model, [[4, 5], [3, 6]])
+    completions[0][1][2] = completions[1][0][0] = model.config.audio_token_id
+    inputs, _ = make_batch(processor, examples[:2], "answer")
+    ours = shared_prompt_logps(model, inputs, *pad(completions), 1.0)
+    for b, group in enumerate(completions):
+        for g, tokens in enumerate(group):
+            plain = logps_one_by_one(model, processor, examples[b], tokens)
+            assert torch.allclose(ours[b, g, : len(tokens)], plain, atol=1e-5)
+
+
+def test_padding_and_batch_do_not_matter(toy_model, examples):
+    model, processor = toy_model
+    completions = random_completions(model, GROUPS["several prompts"])
+    inputs, _ = make_batch(processor, examples[1:4], "answer")
+    ids, mask = pad(completions)
+    together = shared_prompt_logps(model, inputs, ids, mask, 1.0)
+    for b in range(3):
+        rows = slice(b, b + 1)
+        part = take(inputs, rows)
+        assert part["attention_mask"][:, 0].any()  # the padding of the others is gone
+        assert torch.allclose(shared_prompt_logps(model, part, ids[rows], mask[rows], 1.0), together[rows], atol=1e-5)
+
+
+def test_the_policy_hears_the_audio(toy_model, examples):
+    model, processor = toy_model
+    inputs, _ = make_batch(processor, examples[:1], "answer")
+    other, _ = make_batch(processor, examples[1:2], "answer")
+    ids, mask = pad(random_completions(model, [[4]]))
+    logp = shared_prompt_logps(model, inputs, ids, mask, 1.0)
+    heard_otherwise = shared_prompt_logps(model, inputs | {"input_features": other["input_features"]}, ids, mask, 1.0)
+    assert (logp - heard_otherwise).abs().max() > 1e-3
+
+
+# ------------------------------------------------------------------------------------------------------- sampling
+
+
+def test_first_tokens_follow_the_softmax(toy_model, examples):
+    model, processor = toy_model
+    inputs, _ = make_batch(processor, examples[:1], "answer")
+    N, T = 20_000, 0.5
+    noise = 1 - torch.rand(1, N, 1, generator=torch.Generator().manual_seed(0))
+    ids, _ = sample(model, inputs, [0], 1, T, noise)
+    p = torch.softmax(model(**inputs).logits[0, -1] / T, -1)
+    seen = torch.bincount(ids.flatten(), minlength=len(p)) / N
+    assert p.max() > 3 / len(p)  # a distribution with something to get wrong
+    assert ((seen - p).abs() <= 5 * (p * (1 - p) / N).sqrt() + 1e-9).all()
+
+
+def test_draw_inverts_the_cumulative_probability():
+    logits = torch.log(torch.tensor([[0.0, 0.25, 0.5, 0.0, 0.25, 0.0]]))
+    u = torch.tensor([1e-8, 0.2, 0.26, 0.74, 0.76, 1.0])
+    assert draw(logits.expand(6, -1), u, 1.0).tolist() == [1, 1, 2, 2, 4, 4]  # never a token of probability 0
+    cold = draw(logits.expand(6, -1), u, 0.5)  # 1/6, 4/6, 1/6
+    assert cold.tolist() == [1, 2, 2, 2, 2, 4]
+
+
+def test_the_policy_that_samples_is_the_policy_that_is_scored(toy_model, examples):
+    """Each token is what its uniform number picks from the plain model's distribution, padded prompts or not."""
+    model, processor = toy_model
+    inputs, _ = make_batch(processor, examples[1:4], "answer")
+    assert not inputs["attention_mask"].all()
+    noise = 1 - torch.rand(3, 2, 6, generator=torch.Generator().manual_seed(0))
+    ids, mask = sample(model, inputs, [0], 6, 0.8, noise)
+    for b, g in np.ndindex(3, 2):
+        alone = prompt_alone(processor, examples[1 + b])
+        tokens = ids[b, g][mask[b, g]]
+        for t, token in enumerate(tokens):
+            row = torch.cat([alone["input_ids"], tokens[None, :t]], 1)
+            logits = model(**alone | {"input_ids": row, "attention_mask": torch.ones_like(row)}).logits[0, -1]
+            cdf = torch.softmax(logits.double() / 0.8, -1).cumsum(-1)
+            low, high = cdf[token] - torch.softmax(logits.double() / 0.8, -1)[token], cdf[token]
+            assert low - 1e-5 <= noise[b, g, t] <= high + 1e-5
+
+
+def test_greedy_equals_the_models_own_generate(toy_model, examples):
+    model, processor = toy_model
+    inputs, _ = make_batch(processor, examples[:4], "answer")
+    assert not inputs["attention_mask"].all()
+    ids, _ = sample(model, inputs, [0], 12)
+    plain = dict(do_sample=False, temperature=None, top_p=None, top_k=None, repetition_penalty=1.0)
+    theirs = model.generate(**inputs, max_new_tokens=12, eos_token_id=[0], pad_token_id=0, **plain)
+    assert len(ids.unique()) > 3  # not the same token over and over
+    assert torch.equal(ids[:, 0], theirs[:, inputs["input_ids"].shape[1] :])
+
+
+def test_a_completion_ends_at_its_first_eos_whichever_it_is(toy_model, examples):
+    model, processor = toy_model
+    inputs, _ = make_batch(processor, examples[:2], "answer")
+    noise = 1 - torch.rand(2, 8, 30, generator=torch.Generator().manual_seed(0))
+    eos = list(range(0, 600, 20))
+    ids, mask = sample(model, inputs, eos, 30, 1.0, noise)
+    lengths = set()
+    for o, m in zip(ids.flatten(0, 1).tolist(), mask.flatten(0, 1).tolist()):
+        ends = [t for t, token in enumerate(o) if token in eos]
+        length = ends[0] + 1 if ends else len(o)
+        assert m == [t < length for t in range(len(o))]
+        lengths.add(length)
+    assert len(lengths) > 3
+    texts = decode(processor, eos, ids, mask)
+    assert texts[0][0] == processor.tokenizer.decode([t for t in ids[0, 0][mask[0, 0]].tolist() if t not in eos])
+
+
+def test_sampling_stops_when_all_have_ended(toy_model, examples):
+    model, processor = toy_model
+    inputs, _ = make_batch(processor, examples[:1], "answer")
+    ids, mask = sample(model, inputs, list(range(len(processor.tokenizer))), 30)
+    assert ids.shape == (1, 1, 1) and mask.all()
+
+
+def test_every_eos_of_the_generation_config_counts(toy_model):
+    model, processor = toy_model
+    names = processor.tokenizer.convert_ids_to_tokens(eos_tokens(model, processor))
+    assert set(names) == {"<|endoftext|>", "<|im_end|>"}
+    model.generation_config.eos_token_id = None
+    assert eos_tokens(model, processor) == [processor.tokenizer.eos_token_id]
+
+
+# ----------------------------------------------------------------------------------------- advantages and the loss
+
+
+def test_advantages_by_hand():
+    A = group_advantages(torch.tensor([[2.0, 0.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]]))
+    s = math.sqrt(2 / 3) + 1e-4  # deviations 1, -1, 0, 0 over n - 1 = 3
+    assert torch.allclose(A, torch.tensor([[1 / s, -1 / s, 0, 0], [0, 0, 0, 0]]))
+
+
+def test_loss_by_hand_with_clipping():
+    """Two completions of two tokens and one; the second, padded token of the second must count for nothing."""
+    logp = torch.log(torch.tensor([[[0.6, 0.2], [0.1, 0.9]]])).requires_grad_()
+    old = torch.log(torch.tensor([[[0.4, 0.2], [0.2, 0.9]]]))
+    ref = torch.log(torch.tensor([[[0.3, 0.2], [0.1, 0.1]]]))
+    A, mask = torch.tensor([[1.0, -2.0]]), torch.tensor([[[True, True], [True, False]]])
+    loss, kl, clipped = grpo_loss(logp, old, ref, A, mask, epsilon=0.2, beta=0.1)
+    # rho 1.5, A 1: clipped to 1.2. rho 1, A 1: 1. rho 0.5, A -2: min(-1, 0.8 x -2) = -1.6, clipped
+    k3 = 0.5 - math.log(0.5) - 1  # where ref / pi = 0.5; elsewhere they agree
+    first, second = (1.2 - 0.1 * k3 + 1.0) / 2, -1.6
+    assert loss.item() == pytest.approx(-(first + second) / 2, abs=1e-6)
+    assert kl.item() == pytest.approx(k3 / 4, abs=1e-6)
+    assert clipped.item() == pytest.approx((0.5 + 1) / 2)
+    loss.backward()
+    # a clipped token has no gradient but the KL's: d kl / d logp = 1 - ref / pi
+    expected = [[[0.1 * 0.5 / 4, -1.0 / 4], [0.0, 0.0]]]
+    assert torch.allclose(logp.grad, torch.tensor(expected), atol=1e-6)
+
+
+def test_loss_without_reference_has_no_kl():
+    logp = torch.randn(2, 3, 4)
+    loss, kl, clipped = grpo_loss(logp, logp, None, torch.ones(2, 3), torch.ones(2, 3, 4).bool(), 0.2, 0.0)
+    assert (loss.item(), kl.item(), clipped.item()) == (-1.0, 0.0, 0.0)
+
+
+# ----------------------------------------------------------------------------------------------------- whole steps
+
+
+def config(folder, output, **flags):
+    flags = dict(prompts_per_step=4, group_size=4, max_new_tokens=5, max_steps=2, lr=1e-2) | flags
+    return Config(model=str(folder / "model"), data=str(folder / "train.jsonl"), output=str(output), **flags)
+
+
+def metrics(output):
+    return [json.loads(line) for line in open(output / "metrics.jsonl")]
+
+
+def weights(output):
+    from safetensors.torch import load_file
+
+    return load_file(output / "model.safetensors")
+
+
+@pytest.fixture
+def reward_by_length(monkeypatch):
+    """An untrained model is never right; rewarding even lengths gives a step something to learn."""
+    monkeypatch.setattr("train_grpo.accuracy_reward", lambda o, answer, prompt: float(len(o) % 2))
+    # SGD: Adam would turn the rounding of near-zero gradients into steps of full size
+    monkeypatch.setattr(torch.optim, "AdamW", lambda p, lr, weight_decay: torch.optim.SGD(p, lr))
+
+
+@pytest.mark.parametrize("num_iterations", [1, 2])
+def test_micro_batch_changes_nothing(folder, tmp_path, reward_by_length, num_iterations):
+    runs = []
+    for micro_batch in (1, 2, 4):
+        output = tmp_path / str(micro_batch)
+        train(config(folder, output, micro_batch=micro_batch, num_iterations=num_iterations, lr=0.1))
+        runs.append((metrics(output), weights(output)))
+    before = weights(folder / "model")
+    for lines, after in runs[1:]:
+        assert [line["reward"] for line in lines] == [line["reward"] for line in runs[0][0]]
+        for name, weight in after.items():
+            assert torch.allclose(weight, runs[0][1][name], atol=1e-6), name
+    assert max((runs[0][1][name] - before[name]).abs().max() for name in before) > 1e-3  # and yet it moved
+
+
+def test_two_processes_make_the_same_update(folder, tmp_path, reward_by_length):
+    settings = dict(micro_batch=1, max_steps=2, lr=0.1)
+    train(config(folder, tmp_path / "one", **settings))
+    launch(
+        "import torch, train_grpo\n"
+        "from train_sft import parse\n"
+        "train_grpo.accuracy_reward = lambda o, answer, prompt: float(len(o) % 2)\n"
+        "torch.optim.AdamW = lambda p, lr, weight_decay: torch.optim.SGD(p, lr)\n"
+        "train_grpo.train(parse(train_grpo.Config, ''))\n",
+        *[f"--{name}={value}" for name, value in vars(config(folder, tmp_path / "two", **settings)).items() if value != ""],
+    )
+    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        for name in one:
+            assert "seconds" in name or two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
+
+
+def test_policy_and_reference_agree_at_first_and_then_part(folder, tmp_path, reward_by_length):
+    train(config(folder, tmp_path / "run", micro_batch=2, lr=1.0))
+    first, second = metrics(tmp_path / "run")
+    assert abs(first["kl"]) < 1e-6 < 1e-5 < second["kl"]
+
+
+def test_the_second_update_of_a_rollout_is_off_policy(folder, tmp_path, reward_by_length):
+    """At num_iterations 2 rho leaves 1, the old log-probs stay those of the sampler, and clipping sets in."""
+    train(config(folder, tmp_path / "one", micro_batch=4, lr=3.0, max_steps=1))
+    train(config(folder, tmp_path / "two", micro_batch=4, lr=3.0, max_steps=1, num_iterations=2))
+    assert metrics(tmp_path / "one")[0]["clip_fraction"] == 0 < metrics(tmp_path / "two")[0]["clip_fraction"]
+
+
+def test_no_kl_loads_no_reference(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("train_grpo.load_reference", lambda *_: pytest.fail("loaded a reference"))
+    train(config(folder, tmp_path / "run", beta=0.0, max_steps=1))
+    assert metrics(tmp_path / "run")[0]["kl"] == 0
+
+
+def test_frozen_encoder_stays_and_the_rest_moves(folder, tmp_path, reward_by_length):
+    train(config(folder, tmp_path / "run", freeze_audio_encoder=True, gradient_checkpointing=True))
+    before, after = weights(folder / "model"), weights(tmp_path / "run")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and not any("audio_tower" in name for name in moved)
+    assert any("multi_modal_projector" in name for name in moved)
+
+
+def test_gradient_checkpointing_changes_nothing(folder, tmp_path, reward_by_length):
+    train(config(folder, tmp_path / "kept", max_steps=1, lr=0.1))
+    train(config(folder, tmp_path / "recomputed", max_steps=1, lr=0.1, gradient_checkpointing=True))
+    kept, recomputed = weights(tmp_path / "kept"), weights(tmp_path / "recomputed")
+    assert all(torch.allclose(kept[name], recomputed[name], atol=1e-6) for name in kept)
+
+
+def test_metrics_checkpoints_and_evaluation(folder, tmp_path):
+    from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
+
+    flags = dict(max_steps=3, save_every=2, eval_data=str(folder / "test.jsonl"), eval_every=2, prompt="think")
+    train(config(folder, tmp_path / "run", **flags))
+    lines = metrics(tmp_path / "run")
+    keys = "step reward reward_accuracy reward_format reward_std zero_std_groups kl clip_fraction loss grad_norm lr"
+    keys += " completion_tokens truncated unique_completions seconds_sample seconds_score seconds_update"
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert all(set(keys.split()) <= set(line) for line in lines)
+    assert ["eval_accuracy" in line for line in lines] == [True, False, True]
+    assert [line["lr"] for line in lines] == pytest.approx([1e-2, 2e-2 / 3, 1e-2 / 3], rel=1e-4)
+    assert all(line["truncated"] > 0.5 for line in lines)  # an untrained model rarely ends within 5 tokens
+    for path in (tmp_path / "run", tmp_path / "run" / "checkpoint-2"):
+        Qwen2AudioForConditionalGeneration.from_pretrained(path)
+        AutoProcessor.from_pretrained(path)
+        assert json.load(open(path / "run.json"))["prompt"] == "think"
+    assert not (tmp_path / "run" / "partial").exists()
+
+
+def test_the_same_seed_gives_the_same_run(folder, tmp_path):
+    for name in ("a", "b"):
+        train(config(folder, tmp_path / name))
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+BAD = {
+    "prompts_per_step that does not divide": (dict(prompts_per_step=4, micro_batch=3), "does not divide"),
+    "unknown prompt": (dict(prompt="shout"), "plain, answer, think"),
+    "group of one": (dict(group_size=1), "--group_size"),
+    "temperature 0": (dict(temperature=0.0), "--temperature"),
+    "no such data": (dict(data="nowhere.jsonl"), "nowhere.jsonl"),
+    "no such model": (dict(model="./nowhere"), "./nowhere"),
+    "no such audio": (dict(audio_dir="nowhere"), "train.jsonl:1: no audio file"),
+    "unknown tracker": (dict(log_with="paper"), "tensorboard or wandb"),
+}
+
+
+@pytest.mark.parametrize("flags, says", BAD.values(), ids=BAD)
+def test_bad_flags_are_refused_in_one_line(folder, tmp_path, flags, says):
+    settings = dict(data=str(folder / "train.jsonl"), model=str(folder / "model"), output=str(tmp_path / "run")) | flags
+    with pytest.raises(BadInput) as error:
+        train(Config(**settings))
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_folder_that_holds_a_run_is_refused(folder, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(BadInput, match="already holds a run"):
+        train(config(folder, tmp_path))
+    assert (tmp_path / "metrics.jsonl").read_text() == "{}\n"
+
+
+def test_policy_scores_at_its_temperature(toy_model, examples):
+    model, processor = toy_model
+    inputs, _ = make_batch(processor, examples[:1], "answer")
+    ids, mask = pad(random_completions(model, [[3, 2]]))
+    assert torch.equal(Policy(model, 0.5)(inputs, ids, mask), shared_prompt_logps(model, inputs, ids, mask, 0.5))
