@@ -15,7 +15,7 @@ import sys
 import numpy as np
 import soundfile
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import (
     GenerationConfig,
@@ -209,11 +209,11 @@ def make(folder: str = FOLDER) -> None:
     shutil.rmtree(f"{folder}/init")
 
 
-def prepare_run(state: PartialState) -> list[str]:
+def prepare_run(accelerator: Accelerator) -> list[str]:
     """For train_grpo.py without flags: make the toy if it is not there, clear its last run, return the flags."""
     flags = f"--model {FOLDER}/base --data {FOLDER}/train.jsonl --eval_data {FOLDER}/test.jsonl --output {FOLDER}/grpo"
-    flags += f" --micro_batch {max(1, 16 // state.num_processes)} {GRPO}"
-    if state.is_main_process:
+    flags += f" --micro_batch {max(1, 16 // accelerator.num_processes)} {GRPO}"
+    if accelerator.is_main_process:
         print(
             "No flags: this is the offline toy. The paper's recipe: accelerate launch --mixed_precision bf16 train_grpo.py "
             "--model Qwen/Qwen2-Audio-7B-Instruct --data avqa_train.jsonl --output runs/grpo",
@@ -224,7 +224,7 @@ def prepare_run(state: PartialState) -> list[str]:
             make()
         shutil.rmtree(f"{FOLDER}/grpo", ignore_errors=True)
         print(f"train_grpo.py {flags}", flush=True)
-    state.wait_for_everyone()
+    accelerator.wait_for_everyone()
     return flags.split()
 
 

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 from transformers import DynamicCache
@@ -373,7 +373,7 @@ def main() -> None:
     if not argv:
         from toy import prepare_run  # a real run needs none of it
 
-        argv = prepare_run(PartialState())
+        argv = prepare_run(Accelerator())
     train(parse(Config, __doc__, argv))
 
 

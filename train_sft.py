@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor, HfArgumentParser, Qwen2AudioForConditionalGeneration
 from transformers.hf_argparser import HfArg
@@ -70,7 +70,10 @@ def parse(config_class, description: str, argv: list[str] | None = None):
 
 def start(config) -> tuple[Accelerator, list[Example], list[Example]]:
     """Check what both kinds of training have in common, read the questions, open the output folder."""
-    num_processes = PartialState().num_processes
+    if config.log_with not in ("", "tensorboard", "wandb"):
+        raise BadInput(f"--log_with {config.log_with}: unknown, choose tensorboard or wandb")
+    # not PartialState(), which overlooks ACCELERATE_USE_CPU and finds one process where there are several
+    accelerator = Accelerator(log_with=config.log_with or None, project_dir=config.output)
     if config.prompt not in PROMPTS:
         raise BadInput(f"--prompt {config.prompt}: unknown, choose one of {', '.join(PROMPTS)}")
     if not config.data:
@@ -78,26 +81,23 @@ def start(config) -> tuple[Accelerator, list[Example], list[Example]]:
     for name in ("prompts_per_step", "micro_batch", "save_every", "eval_every", "max_new_tokens"):
         if getattr(config, name) < 1:
             raise BadInput(f"--{name} must be at least 1, not {getattr(config, name)}")
-    if config.prompts_per_step % (num_processes * config.micro_batch):
-        share = f"{num_processes} process(es) x --micro_batch {config.micro_batch}"
+    if config.prompts_per_step % (accelerator.num_processes * config.micro_batch):
+        share = f"{accelerator.num_processes} process(es) x --micro_batch {config.micro_batch}"
         raise BadInput(f"--prompts_per_step {config.prompts_per_step} does not divide by {share}")
-    if config.log_with not in ("", "tensorboard", "wandb"):
-        raise BadInput(f"--log_with {config.log_with}: unknown, choose tensorboard or wandb")
     examples = load_examples(config.data, config.audio_dir)
     eval_examples = load_examples(config.eval_data, config.audio_dir) if config.eval_data else []
     check_audio(examples + eval_examples)
     if os.path.exists(config.output) and (not os.path.isdir(config.output) or os.listdir(config.output)):
         raise BadInput(f"--output {config.output}: already holds a run or other files; remove it or name another folder")
 
-    PartialState().wait_for_everyone()  # until all have seen the folder empty
-    accelerator = Accelerator(log_with=config.log_with or None, project_dir=config.output)
+    accelerator.wait_for_everyone()  # until all have seen the folder empty
     if accelerator.is_main_process:
         os.makedirs(config.output, exist_ok=True)
     accelerator.init_trackers("r1-aqa", asdict(config))
     if config.log_with and accelerator.is_main_process and not accelerator.trackers:
         raise BadInput(f"--log_with {config.log_with}: not installed, pip install {config.log_with}")
     if accelerator.device.type == "cpu" and torch.get_num_threads() == 1:
-        torch.set_num_threads(max(1, os.cpu_count() // num_processes))  # accelerate launch leaves one thread
+        torch.set_num_threads(max(1, os.cpu_count() // accelerator.num_processes))  # accelerate launch leaves one thread
     if accelerator.device.type == "cuda" and accelerator.mixed_precision == "no":
         accelerator.print("computing in fp32: `accelerate launch --mixed_precision bf16` is several times faster")
     return accelerator, examples, eval_examples

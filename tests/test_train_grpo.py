@@ -8,6 +8,7 @@ from launch import launch
 from oracle import logps_one_by_one, logps_repeated, pad, prompt_alone
 
 from data import BadInput, decode, eos_tokens, make_batch, take
+from train_sft import load_model
 from train_grpo import Config, Policy, draw, group_advantages, grpo_loss, sample, shared_prompt_logps, train
 
 
@@ -223,8 +224,8 @@ def test_loss_without_reference_has_no_kl():
 
 
 def config(folder, output, **flags):
-    flags = dict(prompts_per_step=4, group_size=4, max_new_tokens=5, max_steps=2, lr=1e-2) | flags
-    return Config(model=str(folder / "model"), data=str(folder / "train.jsonl"), output=str(output), **flags)
+    settings = dict(model=str(folder / "model"), data=str(folder / "train.jsonl"), output=str(output))
+    return Config(**settings | dict(prompts_per_step=4, group_size=4, max_new_tokens=5, max_steps=2, lr=1e-2) | flags)
 
 
 def metrics(output):
@@ -260,22 +261,37 @@ def test_micro_batch_changes_nothing(folder, tmp_path, reward_by_length, num_ite
     assert max((runs[0][1][name] - before[name]).abs().max() for name in before) > 1e-3  # and yet it moved
 
 
-def test_two_processes_make_the_same_update(folder, tmp_path, reward_by_length):
-    settings = dict(micro_batch=1, max_steps=2, lr=0.1)
-    train(config(folder, tmp_path / "one", **settings))
+def launch_training(settings, **options):
+    """The same run in two processes."""
     launch(
         "import torch, train_grpo\n"
         "from train_sft import parse\n"
         "train_grpo.accuracy_reward = lambda o, answer, prompt: float(len(o) % 2)\n"
         "torch.optim.AdamW = lambda p, lr, weight_decay: torch.optim.SGD(p, lr)\n"
         "train_grpo.train(parse(train_grpo.Config, ''))\n",
-        *[f"--{name}={value}" for name, value in vars(config(folder, tmp_path / "two", **settings)).items() if value != ""],
+        *[f"--{name}={value}" for name, value in vars(settings).items() if value != ""],
+        **options,
     )
+
+
+def test_two_processes_make_the_same_update(folder, tmp_path, reward_by_length):
+    train(config(folder, tmp_path / "one", lr=0.1))
+    launch_training(config(folder, tmp_path / "two", lr=0.1))
     for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         for name in one:
-            assert "seconds" in name or two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+            assert "seconds" in name or two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-6), name
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
+
+
+def test_bf16_computes_in_bf16_keeps_fp32_masters_and_starts_at_the_reference(folder, tmp_path, reward_by_length):
+    """The reference's matrices lie in bf16, the policy's are cast on the way: the same numbers, so KL is 0 at first."""
+    launch_training(config(folder, tmp_path / "bf16", lr=0.1, max_steps=3), precision="bf16")
+    lines = metrics(tmp_path / "bf16")
+    assert lines[0]["kl"] == 0 < lines[-1]["kl"]
+    assert {weight.dtype for weight in weights(tmp_path / "bf16").values()} == {torch.bfloat16}
+    model, _ = load_model(str(tmp_path / "bf16"))
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
 
 
 def test_policy_and_reference_agree_at_first_and_then_part(folder, tmp_path, reward_by_length):

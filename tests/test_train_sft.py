@@ -10,8 +10,8 @@ from train_sft import Config, answer_batch, train
 
 
 def config(folder, output, **flags):
-    flags = dict(prompts_per_step=4, max_steps=2, lr=1e-2) | flags
-    return Config(model=str(folder / "model"), data=str(folder / "train.jsonl"), output=str(output), **flags)
+    settings = dict(model=str(folder / "model"), data=str(folder / "train.jsonl"), output=str(output))
+    return Config(**settings | dict(prompts_per_step=4, max_steps=2, lr=1e-2) | flags)
 
 
 def metrics(output):
@@ -34,7 +34,7 @@ def test_loss_is_the_models_own_on_the_answer_tokens(folder, tmp_path, toy_model
 
 def test_targets_end_as_a_turn_ends(toy_model, examples):
     _, processor = toy_model
-    ids, mask = answer_batch(processor, examples[:6], "answer")
+    ids, mask = answer_batch(processor, examples[:24], "answer")
     assert ids.shape == mask.shape and ids.shape[1] == 1 and not mask.all()
     for example, o, m in zip(examples, ids[:, 0], mask[:, 0]):
         assert processor.tokenizer.decode(o[m]) == f"<answer>{example.answer}</answer><|im_end|>"
