@@ -161,7 +161,7 @@ def load_audio(path: str) -> np.ndarray:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError) as error:
         raise BadInput(f"{path}: cannot be read as audio ({getattr(error, 'error_string', error)})") from None
-    wave = soxr.resample(samples[:, 0], rate, SAMPLE_RATE) if rate != SAMPLE_RATE else samples[:, 0]
+    wave = samples[:, 0] if rate == SAMPLE_RATE else soxr.resample(samples[:, 0], rate, SAMPLE_RATE)
     if len(wave) < SAMPLE_RATE // 10:
         raise BadInput(f"{path}: empty audio ({len(samples)} samples at {rate} Hz, and 0.1 s is the least)")
     if not np.isfinite(wave).all():
@@ -199,5 +199,5 @@ def decode(processor, eos_ids: list[int], ids: torch.Tensor, mask: torch.Tensor)
     """Texts [B][G] without the final EOS. Other special tokens stay visible: they are not part of an answer block."""
     return [
         [processor.tokenizer.decode([i for i in o[m].tolist() if i not in eos_ids]) for o, m in zip(group, masks)]
-        for group, masks in zip(ids, mask)
+        for group, masks in zip(ids.cpu(), mask.cpu())
     ]
