@@ -12,13 +12,12 @@ A row of any of these becomes one `Example`; anything else is refused with file,
 import json
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import soundfile
 import soxr
 import torch
-from transformers import AutoConfig, AutoProcessor, Qwen2AudioForConditionalGeneration
 
 SAMPLE_RATE = 16_000  # Hz, what the Whisper front end of Qwen2-Audio hears
 STEM = "{question} Please choose the answer from the following options: {choices}."
@@ -57,7 +56,7 @@ def load_examples(path: str, audio_dir: str | None = None, need_answers: bool = 
         raise BadInput(f"{path}: holds no rows")
     for example in examples:
         if need_answers and example.answer is None:
-            raise BadInput(f"{example.place}: has no answer, and training needs one")
+            raise BadInput(f"{example.place}: has no answer to compare with")
     return examples
 
 
@@ -104,27 +103,28 @@ def to_example(row: object, place: str, folder: str) -> Example:
         refuse(f"the text holds the special token {special[0]}")
 
     answer = row.get("answer")
-    if is_avqa:
+    if answer is None or answer == "":  # as in MMAU's Test
+        answer = None
+    elif is_avqa:
         if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
             refuse(f"answer must be an index from 0 to {len(choices) - 1}, not {answer!r}")
         answer = choices[answer]
         question = question.replace("video", "audio")
-    elif answer is not None and str(answer).strip() not in [choice.strip() for choice in choices]:
+    elif str(answer).strip() not in [choice.strip() for choice in choices]:
         refuse(f"answer {answer!r} is not among the options {choices}")
     return Example(find_clip(row, place, folder), question, choices, None if answer is None else str(answer), row, place)
 
 
 def find_clip(row: dict, place: str, folder: str) -> str:
     """Path of a row's clip: the first of its likely places that exists, else the likeliest."""
-    if "video_name" in row:  # original AVQA: `<youtube id>_000030`, extracted under one of several names
-        name = str(row["video_name"])
+    name = next((row[key] for key in ("audio", "audio_path", "audio_id", "video_name") if key in row), None)
+    if not isinstance(name, str) or not name.strip():
+        raise BadInput(f"{place}: no audio (key 'audio', 'audio_path', 'audio_id' or 'video_name')")
+    if any(key in row for key in ("audio", "audio_path", "audio_id")):
+        names = [name, os.path.basename(name)]
+    else:  # original AVQA: `<youtube id>_000030`, extracted under one of several names
         video = name.rsplit("_", 1)[0]
         names = [f"{stem}.{kind}" for kind in ("wav", "flac", "mp3", "ogg") for stem in (f"{video}_30", name, f"{video}_000000")]
-    else:
-        name = next((row[key] for key in ("audio", "audio_path", "audio_id") if key in row), None)
-        if not isinstance(name, str) or not name.strip():
-            raise BadInput(f"{place}: no audio (key 'audio', 'audio_path', 'audio_id' or 'video_name')")
-        names = [name, os.path.basename(name)]
     paths = [os.path.normpath(os.path.join(folder, name)) for name in names]
     return next((path for path in paths if os.path.isfile(path)), paths[0])
 

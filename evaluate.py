@@ -17,7 +17,7 @@ from transformers.hf_argparser import HfArg
 from data import PROMPTS, BadInput, Example, check_audio, decode, eos_tokens, load_examples, make_batch
 from rewards import extract_answer, mmau_match
 from train_grpo import sample
-from train_sft import load_model, parse, run
+from train_sft import check_at_least, load_model, make_folder, parse, run
 
 
 @dataclass
@@ -59,7 +59,7 @@ def trained_prompt(model: str) -> str:
     try:
         with open(os.path.join(model, "run.json")) as file:
             return json.load(file)["prompt"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return "answer"
 
 
@@ -70,9 +70,7 @@ def main() -> None:
     prompt = config.prompt or trained_prompt(config.model)
     if prompt not in PROMPTS:
         raise BadInput(f"--prompt {prompt}: unknown, choose one of {', '.join(PROMPTS)}")
-    for name in ("batch_size", "max_new_tokens"):
-        if getattr(config, name) < 1:
-            raise BadInput(f"--{name} must be at least 1, not {getattr(config, name)}")
+    check_at_least(config, batch_size=1, max_new_tokens=1, limit=0)
     target = os.path.join(config.output, "predictions.json")
     if os.path.exists(target):
         raise BadInput(f"{target}: already there; remove it or name another --output")
@@ -80,6 +78,7 @@ def main() -> None:
     check_audio(examples)
 
     accelerator = Accelerator()
+    make_folder(config.output)
     model, processor = load_model(config.model)
     model.to(accelerator.device).eval()
     # every process answers each n-th question; pairs with their places come back
@@ -99,7 +98,6 @@ def main() -> None:
                 correct = mmau_match(answer, example.answer, example.choices)
                 for group in ("all", str(example.row.get("task", example.row.get("modality", "no task")))):
                     right[group].append(correct)
-        os.makedirs(config.output, exist_ok=True)
         with open(f"{target}.partial", "w", encoding="utf-8") as file:
             json.dump(rows, file, indent=2, ensure_ascii=False)
         os.replace(f"{target}.partial", target)

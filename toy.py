@@ -195,7 +195,8 @@ GRPO = "--lr 4e-4 --max_steps 400 --max_new_tokens 16 --eval_every 50 --save_eve
 
 def make(folder: str = FOLDER) -> None:
     """Data, a random model, and its warm-up by train_sft.py. `base` appears last, and only when it is whole."""
-    shutil.rmtree(folder, ignore_errors=True)
+    for name in ("base", "init", "warmup", "train", "test"):
+        shutil.rmtree(f"{folder}/{name}", ignore_errors=True)
     make_data(folder, "train", N_TRAIN, seed=1)
     make_data(folder, "test", N_TEST, seed=2)
     make_model(f"{folder}/init", seed=0)
@@ -212,7 +213,8 @@ def make(folder: str = FOLDER) -> None:
 def prepare_run(accelerator: Accelerator) -> list[str]:
     """For train_grpo.py without flags: make the toy if it is not there, clear its last run, return the flags."""
     flags = f"--model {FOLDER}/base --data {FOLDER}/train.jsonl --eval_data {FOLDER}/test.jsonl --output {FOLDER}/grpo"
-    flags += f" --micro_batch {max(1, 16 // accelerator.num_processes)} {GRPO}"
+    share = max(1, 16 // accelerator.num_processes)  # prompts of each process
+    flags += f" --prompts_per_step {share * accelerator.num_processes} --micro_batch {share} {GRPO}"
     if accelerator.is_main_process:
         print(
             "No flags: this is the offline toy. The paper's recipe: accelerate launch --mixed_precision bf16 train_grpo.py "

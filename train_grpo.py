@@ -37,9 +37,9 @@ from tqdm import tqdm
 from transformers import DynamicCache
 from transformers.hf_argparser import HfArg
 
-from data import BadInput, Example, decode, eos_tokens, make_batch, stream_indices, take
+from data import BadInput, Example, decode, eos_tokens, take
 from rewards import accuracy_reward, format_reward
-from train_sft import load_model, parse, run, save_model, set_trainable, start, write_metrics
+from train_sft import check_at_least, load_model, next_batch, parse, run, save_model, set_trainable, start, write_metrics
 
 
 @dataclass
@@ -93,8 +93,21 @@ def prompt_positions(attention_mask: torch.Tensor) -> torch.Tensor:
 
 def draw(logits: torch.Tensor, u: torch.Tensor, temperature: float) -> torch.Tensor:
     """One token (N,) per row of logits (N, V): the first at which the cumulative probability reaches u (N,) in (0, 1]."""
-    cdf = torch.softmax(logits / temperature, dim=-1).cumsum(-1)
-    return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:])[:, 0]
+    dtype = torch.float32 if logits.device.type == "mps" else torch.float64  # mps has none; fp32 sums of 156k terms err
+    cdf = torch.softmax(logits / temperature, dim=-1, dtype=dtype).cumsum(-1)
+    return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:])[:, 0]  # times the last: the sum is not exactly 1
+
+
+def sampling_noise(seed: int, k: int, G: int, T: int) -> torch.Tensor:
+    """Uniform numbers (G, T) in (0, 1] for the k-th prompt of a run; the 1 tells them from the order of the data."""
+    return 1 - torch.from_numpy(np.random.default_rng((seed, k, 1)).random((G, T), np.float32))
+
+
+class SamplingCache(DynamicCache):
+    """A KV cache in the type that attention computes in: rotary embeddings leave fp32, and autocast goes back to bf16."""
+
+    def update(self, keys, values, *args, **kwargs):
+        return super().update(keys.to(values.dtype), values, *args, **kwargs)
 
 
 @torch.no_grad()
@@ -107,7 +120,7 @@ def sample(model, inputs: dict, eos_ids: list[int], max_new_tokens: int, tempera
     lm, prompt_mask = model.model.language_model, inputs["attention_mask"]
     B, G = len(prompt_mask), 1 if noise is None else noise.shape[1]
     eos = torch.tensor(eos_ids, device=prompt_mask.device)
-    cache = DynamicCache(config=model.config.text_config)
+    cache = SamplingCache(config=model.config.text_config)
     hidden = lm(
         inputs_embeds=embed_prompt(model, inputs),
         attention_mask=prompt_mask,
@@ -156,7 +169,7 @@ def shared_prompt_logps(model, inputs: dict, ids: torch.Tensor, mask: torch.Tens
     """
     (B, G, T), P = ids.shape, inputs["attention_mask"].shape[1]
     prompt_mask, mask = inputs["attention_mask"].bool(), mask.flatten(1)  # (B, P), (B, G*T)
-    # places of the real tokens in (G*T), moved to the front: these are the N columns after the prompt
+    # places in G*T, those of real tokens first: the N columns after the prompt. mask 110 100 -> places 0 1 3
     packed = (~mask).long().argsort(dim=1, stable=True)[:, : mask.sum(1).max()]  # (B, N)
     real = mask.gather(1, packed)
     group, t = packed // T, packed % T
@@ -166,6 +179,7 @@ def shared_prompt_logps(model, inputs: dict, ids: torch.Tensor, mask: torch.Tens
     segment = torch.cat([prompt_mask.long() - 1, torch.where(real, group + 1, -1)], 1)  # (B, P+N)
     position = torch.cat([prompt_positions(prompt_mask), prompt_mask.sum(1, keepdim=True) + t], 1)
     query, key = segment[:, :, None], segment[:, None, :]
+    # seen: the prompt and one's own completion, up to one's own position
     visible = ((key == 0) | (key == query)) & (position[:, None, :] <= position[:, :, None])  # (B, P+N, P+N)
 
     # completions are embedded as plain tokens: a placeholder drawn by chance must not take audio
@@ -175,8 +189,8 @@ def shared_prompt_logps(model, inputs: dict, ids: torch.Tensor, mask: torch.Tens
     ).last_hidden_state  # (B, P+N, D)
 
     # a token is predicted one column before its own; the first of every completion by the prompt's last
-    column = torch.arange(P, P + packed.shape[1], device=ids.device) - 1
-    predictor = torch.where(t == 0, P - 1, column)  # (B, N)
+    previous = torch.arange(P, P + packed.shape[1], device=ids.device) - 1
+    predictor = torch.where(t == 0, P - 1, previous)  # (B, N)
     hidden = hidden.gather(1, predictor[..., None].expand(-1, -1, hidden.shape[-1]))[real]  # (all real tokens, D)
     logits = model.lm_head(hidden).float() / temperature
     logp = logits.gather(1, tokens[real][:, None])[:, 0] - logits.logsumexp(-1)
@@ -205,14 +219,14 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, epsilon: float, beta: 
     kl = exp(ref - logp) - (ref - logp) - 1                                                 its eq. 4 (k3)
     """
     rho, A = torch.exp(logp - old_logp), advantages[..., None]
-    free, clipped = rho * A, rho.clamp(1 - epsilon, 1 + epsilon) * A
+    unclipped, clipped = rho * A, rho.clamp(1 - epsilon, 1 + epsilon) * A
     log_ratio = torch.zeros_like(logp) if ref_logp is None else ref_logp - logp
     kl = torch.exp(log_ratio) - log_ratio - 1
 
     def mean(x):  # over the tokens of a completion, then over completions
         return ((x * mask).sum(-1) / mask.sum(-1)).mean()
 
-    return -mean(torch.min(free, clipped) - beta * kl), mean(kl.detach()), mean((clipped < free).float())
+    return -mean(torch.min(unclipped, clipped) - beta * kl), mean(kl.detach()), mean((clipped < unclipped).float())
 
 
 def load_reference(config: Config, accelerator: Accelerator):
@@ -238,9 +252,7 @@ def now() -> float:
 def train(config: Config) -> None:
     from evaluate import eval_accuracy  # here, for evaluate.py imports the sampler from this file
 
-    for name, least in (("group_size", 2), ("max_new_tokens", 1), ("num_iterations", 1)):
-        if getattr(config, name) < least:
-            raise BadInput(f"--{name} must be at least {least}, not {getattr(config, name)}")
+    check_at_least(config, group_size=2, num_iterations=1, max_steps=1, beta=0, epsilon=0)
     if config.temperature <= 0:
         raise BadInput(f"--temperature must be above 0, not {config.temperature}")
     accelerator, examples, eval_examples = start(config)
@@ -248,32 +260,30 @@ def train(config: Config) -> None:
 
     model, processor = load_model(config.model, torch.float32)  # fp32 masters: at lr 1e-6 bf16 loses the updates
     set_trainable(model, config)
-    reference = load_reference(config, accelerator) if config.beta else None
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr, weight_decay=0.0)
     policy, optimizer = accelerator.prepare(Policy(model, config.temperature), optimizer)
+    reference = load_reference(config, accelerator) if config.beta else None
     eos_ids = eos_tokens(model, processor)
 
     B = config.prompts_per_step // accelerator.num_processes  # prompts of this process
     G, T = config.group_size, config.max_new_tokens
     micro_batches = [slice(i, i + config.micro_batch) for i in range(0, B, config.micro_batch)]
-    accuracies = []
+    before = after = None  # held-out accuracy
     bar = tqdm(range(config.max_steps), desc="GRPO", disable=not accelerator.is_main_process)
     for step in bar:
         metrics = {}
         if eval_examples and step % config.eval_every == 0:
             metrics["eval_accuracy"] = eval_accuracy(accelerator, model, processor, eval_examples, config)
+            before = metrics["eval_accuracy"] if before is None else before
 
         # 1. a group of completions for each prompt
         clock = [now()]
-        first = step * config.prompts_per_step + accelerator.process_index * B
-        batch = [examples[i] for i in stream_indices(len(examples), config.seed, first, B)]
-        inputs, cut = make_batch(processor, batch, config.prompt)
-        inputs = {name: value.to(device) for name, value in inputs.items()}
+        first, batch, inputs, cut = next_batch(accelerator, processor, examples, config, step)
         # the numbers behind a sample belong to its prompt, so that processes and batches change nothing
-        noise = [np.random.default_rng((config.seed, k, 1)).random((G, T), np.float32) for k in range(first, first + B)]
+        noise = [sampling_noise(config.seed, k, G, T) for k in range(first, first + B)]
         policy.eval()
         with accelerator.autocast():
-            ids, mask = sample(model, inputs, eos_ids, T, config.temperature, 1 - torch.tensor(np.stack(noise)).to(device))
+            ids, mask = sample(model, inputs, eos_ids, T, config.temperature, torch.stack(noise).to(device))
         texts = decode(processor, eos_ids, ids, mask)
 
         # 2. rewards (B, G) and advantages
@@ -340,9 +350,8 @@ def train(config: Config) -> None:
         }
         done = step + 1
         if done == config.max_steps and eval_examples:
-            metrics["eval_accuracy"] = eval_accuracy(accelerator, model, processor, eval_examples, config)
+            metrics["eval_accuracy"] = after = eval_accuracy(accelerator, model, processor, eval_examples, config)
         metrics = write_metrics(accelerator, config, step, metrics)
-        accuracies += [metrics["eval_accuracy"]] if "eval_accuracy" in metrics else []
         bar.set_postfix_str(
             f"reward {metrics['reward']:.2f} accuracy {metrics['reward_accuracy']:.2f} KL {metrics['kl']:.3f} "
             f"{clock[3] - clock[0]:.2f} s/step"
@@ -353,8 +362,8 @@ def train(config: Config) -> None:
             save_model(accelerator, os.path.join(config.output, f"checkpoint-{done}"), model, processor, config)
 
     save_model(accelerator, config.output, model, processor, config)
-    if accuracies:
-        accelerator.print(f"held-out accuracy: {accuracies[0]:.1%} before, {accuracies[-1]:.1%} after {config.max_steps} steps")
+    if eval_examples:
+        accelerator.print(f"held-out accuracy: {before:.1%} before, {after:.1%} after {config.max_steps} steps")
     accelerator.print(f"the model is in {config.output}, its curves in {config.output}/metrics.jsonl")
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor, HfArgumentParser, Qwen2AudioForConditionalGeneration
 from transformers.hf_argparser import HfArg
@@ -52,6 +53,8 @@ class Config:
 
 def run(main) -> None:
     """Call main; bad input becomes one line and exit status 1."""
+    if not torch.cuda.is_available() and torch.get_num_threads() == 1:  # accelerate launch leaves one thread
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     try:
         main()
     except BadInput as error:
@@ -65,7 +68,25 @@ class Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
 def parse(config_class, description: str, argv: list[str] | None = None):
     """Flags into a settings dataclass."""
     parser = HfArgumentParser(config_class, description=description, formatter_class=Help)
-    return parser.parse_args_into_dataclasses(argv)[0]
+    config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        raise BadInput(f"unknown flag or value: {' '.join(unknown)} (--help lists the flags)")
+    return config
+
+
+def check_at_least(config, **bounds) -> None:
+    """Raise BadInput for a setting below its bound."""
+    for name, least in bounds.items():
+        if getattr(config, name) < least:
+            raise BadInput(f"--{name} must be at least {least}, not {getattr(config, name)}")
+
+
+def make_folder(path: str) -> None:
+    """Make a folder for results before there are any to lose."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--output {path or repr('')}: cannot be made ({error.strerror})") from None
 
 
 def start(config) -> tuple[Accelerator, list[Example], list[Example]]:
@@ -78,9 +99,7 @@ def start(config) -> tuple[Accelerator, list[Example], list[Example]]:
         raise BadInput(f"--prompt {config.prompt}: unknown, choose one of {', '.join(PROMPTS)}")
     if not config.data:
         raise BadInput("--data is missing: the file of training questions")
-    for name in ("prompts_per_step", "micro_batch", "save_every", "eval_every", "max_new_tokens"):
-        if getattr(config, name) < 1:
-            raise BadInput(f"--{name} must be at least 1, not {getattr(config, name)}")
+    check_at_least(config, prompts_per_step=1, micro_batch=1, save_every=1, eval_every=1, max_new_tokens=1, lr=0, seed=0)
     if config.prompts_per_step % (accelerator.num_processes * config.micro_batch):
         share = f"{accelerator.num_processes} process(es) x --micro_batch {config.micro_batch}"
         raise BadInput(f"--prompts_per_step {config.prompts_per_step} does not divide by {share}")
@@ -92,12 +111,10 @@ def start(config) -> tuple[Accelerator, list[Example], list[Example]]:
 
     accelerator.wait_for_everyone()  # until all have seen the folder empty
     if accelerator.is_main_process:
-        os.makedirs(config.output, exist_ok=True)
+        make_folder(config.output)
     accelerator.init_trackers("r1-aqa", asdict(config))
     if config.log_with and accelerator.is_main_process and not accelerator.trackers:
         raise BadInput(f"--log_with {config.log_with}: not installed, pip install {config.log_with}")
-    if accelerator.device.type == "cpu" and torch.get_num_threads() == 1:
-        torch.set_num_threads(max(1, os.cpu_count() // accelerator.num_processes))  # accelerate launch leaves one thread
     if accelerator.device.type == "cuda" and accelerator.mixed_precision == "no":
         accelerator.print("computing in fp32: `accelerate launch --mixed_precision bf16` is several times faster")
     return accelerator, examples, eval_examples
@@ -112,7 +129,7 @@ def load_model(path: str, dtype="auto"):
         processor = AutoProcessor.from_pretrained(path)
         # sdpa takes the masks of shared_prompt_logps; eager attention would read them wrongly
         model = Qwen2AudioForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise BadInput(f"{path}: cannot load the model ({str(error).strip().splitlines()[0]})") from None
     processor.tokenizer.padding_side = "left"  # for sampling, whatever the hub's tokenizer config says
     return model, processor
@@ -124,6 +141,15 @@ def set_trainable(model, config) -> None:
         model.model.audio_tower.requires_grad_(False)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def next_batch(accelerator: Accelerator, processor, examples: list[Example], config, step: int):
+    """This process's B examples of a step: their first place in the stream, themselves, model inputs, clips cut."""
+    B = config.prompts_per_step // accelerator.num_processes
+    first = step * config.prompts_per_step + accelerator.process_index * B
+    batch = [examples[i] for i in stream_indices(len(examples), config.seed, first, B)]
+    inputs, cut = make_batch(processor, batch, config.prompt)
+    return first, batch, {name: value.to(accelerator.device) for name, value in inputs.items()}, cut
 
 
 def write_metrics(accelerator: Accelerator, config, step: int, metrics: dict) -> dict:
@@ -149,7 +175,7 @@ def save_model(accelerator: Accelerator, folder: str, model, processor, config) 
             json.dump(asdict(config), file, indent=2)
         model.config.dtype = dtype  # as the weights are stored, not as they were trained
         model.config.save_pretrained(aside)
-        for name in sorted(os.listdir(aside), key="config.json".__eq__):
+        for name in sorted(os.listdir(aside), key=lambda name: name == "config.json"):
             os.replace(os.path.join(aside, name), os.path.join(folder, name))
         os.rmdir(aside)
     accelerator.wait_for_everyone()
@@ -173,6 +199,9 @@ def train(config: Config) -> None:
     if config.prompt == "think":
         raise BadInput("--prompt think: the data holds no thoughts to imitate; choose plain or answer")
     accelerator, examples, eval_examples = start(config)
+    max_steps = config.max_steps or math.ceil(config.epochs * len(examples) / config.prompts_per_step)
+    if max_steps < 1:
+        raise BadInput("nothing to do: --max_steps or --epochs must be above 0")
     device = accelerator.device
     model, processor = load_model(config.model, torch.float32)  # fp32 masters, as in train_grpo.py
     set_trainable(model, config)
@@ -181,17 +210,13 @@ def train(config: Config) -> None:
 
     B = config.prompts_per_step // accelerator.num_processes  # examples of this process
     micro_batches = [slice(i, i + config.micro_batch) for i in range(0, B, config.micro_batch)]
-    max_steps = config.max_steps or math.ceil(config.epochs * len(examples) / config.prompts_per_step)
     bar = tqdm(range(max_steps), desc="SFT", disable=not accelerator.is_main_process)
     for step in bar:
         metrics, began = {}, time.perf_counter()
         if eval_examples and step % config.eval_every == 0:
             metrics["eval_accuracy"] = eval_accuracy(accelerator, model, processor, eval_examples, config)
 
-        first = step * config.prompts_per_step + accelerator.process_index * B
-        batch = [examples[i] for i in stream_indices(len(examples), config.seed, first, B)]
-        inputs, cut = make_batch(processor, batch, config.prompt)
-        inputs = {name: value.to(device) for name, value in inputs.items()}
+        _, batch, inputs, cut = next_batch(accelerator, processor, examples, config, step)
         ids, mask = (tensor.to(device) for tensor in answer_batch(processor, batch, config.prompt))
         n_tokens = accelerator.reduce(mask.sum())  # answer tokens of the whole step
 

@@ -75,6 +75,7 @@ BAD = {
     "predictions are there": ([], "already there"),
     "no data": (["--data", ""], "--data is missing"),
     "unknown prompt": (["--prompt", "shout"], "plain, answer, think"),
+    "negative limit": (["--limit", -1, "--output", "elsewhere"], "--limit must be at least 0"),
     "batch size": (["--batch_size", 0], "--batch_size"),
     "no clips": (["--audio_dir", "nowhere", "--output", "elsewhere"], "no audio file"),
 }

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from accelerate import Accelerator
@@ -50,6 +51,16 @@ def test_a_second_run_reuses_the_toy_and_clears_the_first(tmp_path, monkeypatch,
     flags = toy.prepare_run(Accelerator())
     assert "offline toy" in capsys.readouterr().out and flags[:2] == ["--model", "runs/toy/base"]
     assert not (tmp_path / "runs/toy/grpo").exists()
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8, 20])
+def test_the_toy_runs_on_any_number_of_processes(tmp_path, monkeypatch, processes):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(toy, "make", lambda: None)
+    accelerator = SimpleNamespace(num_processes=processes, is_main_process=True, wait_for_everyone=lambda: None)
+    flags = toy.prepare_run(accelerator)
+    flags = dict(zip(flags[::2], flags[1::2]))
+    assert int(flags["--prompts_per_step"]) % (processes * int(flags["--micro_batch"])) == 0
 
 
 @pytest.mark.slow

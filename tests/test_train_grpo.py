@@ -1,5 +1,7 @@
 import json
 import math
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -7,9 +9,10 @@ import torch
 from launch import launch
 from oracle import logps_one_by_one, logps_repeated, pad, prompt_alone
 
+import train_grpo
 from data import BadInput, decode, eos_tokens, make_batch, take
-from train_sft import load_model
 from train_grpo import Config, Policy, draw, group_advantages, grpo_loss, sample, shared_prompt_logps, train
+from train_sft import load_model, parse
 
 
 def random_completions(model, lengths, seed=0):
@@ -104,6 +107,19 @@ def test_the_policy_hears_the_audio(toy_model, examples):
 
 
 # ------------------------------------------------------------------------------------------------------- sampling
+
+
+def test_the_cache_lies_in_the_type_that_attention_computes_in(toy_model, examples, monkeypatch):
+    """Under bf16 a cache as transformers fills it is in fp32 and twice the size, to no effect on the samples."""
+    model, processor = toy_model
+    inputs, _ = make_batch(processor, examples[3:7], "answer")
+    noise, caches, ids = 1 - torch.rand(4, 3, 6, generator=torch.Generator().manual_seed(0)), [], []
+    for kind in (train_grpo.SamplingCache, train_grpo.DynamicCache):
+        monkeypatch.setattr(train_grpo, "SamplingCache", lambda config, kind=kind: caches.append(kind(config=config)) or caches[-1])
+        with torch.autocast("cpu", torch.bfloat16):
+            ids.append(sample(model, inputs, [0], 6, 1.0, noise)[0])
+    assert [cache.layers[0].keys.dtype for cache in caches] == [torch.bfloat16, torch.float32]
+    assert caches[0].layers[1].values.dtype == torch.bfloat16 and torch.equal(*ids)
 
 
 def test_first_tokens_follow_the_softmax(toy_model, examples):
@@ -368,11 +384,14 @@ def test_the_same_seed_gives_the_same_run(folder, tmp_path):
 BAD = {
     "prompts_per_step that does not divide": (dict(prompts_per_step=4, micro_batch=3), "does not divide"),
     "unknown prompt": (dict(prompt="shout"), "plain, answer, think"),
+    "negative seed": (dict(seed=-1), "--seed must be at least 0"),
+    "no step": (dict(max_steps=0), "--max_steps"),
     "group of one": (dict(group_size=1), "--group_size"),
     "temperature 0": (dict(temperature=0.0), "--temperature"),
     "no such data": (dict(data="nowhere.jsonl"), "nowhere.jsonl"),
     "no such model": (dict(model="./nowhere"), "./nowhere"),
     "no such audio": (dict(audio_dir="nowhere"), "train.jsonl:1: no audio file"),
+    "output below a file": (dict(output=__file__ + "/run"), "cannot be made"),
     "unknown tracker": (dict(log_with="paper"), "tensorboard or wandb"),
 }
 
@@ -383,6 +402,18 @@ def test_bad_flags_are_refused_in_one_line(folder, tmp_path, flags, says):
     with pytest.raises(BadInput) as error:
         train(Config(**settings))
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_unknown_flag_is_refused_in_one_line():
+    with pytest.raises(BadInput, match="unknown flag or value: --learning_rate 1"):
+        parse(Config, "", ["--learning_rate", "1"])
+
+
+def test_a_damaged_model_is_refused(folder, tmp_path):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    os.truncate(tmp_path / "model" / "model.safetensors", 1000)
+    with pytest.raises(BadInput, match="model: cannot load the model"):
+        train(config(folder, tmp_path / "run", model=str(tmp_path / "model")))
 
 
 def test_a_folder_that_holds_a_run_is_refused(folder, tmp_path):

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from launch import launch
 from oracle import prompt_alone
 from safetensors.torch import load_file
 
@@ -49,6 +50,23 @@ def test_micro_batch_changes_nothing(folder, tmp_path, monkeypatch):
     for name, weight in one.items():
         assert torch.allclose(weight, two[name], atol=1e-6) and torch.allclose(weight, four[name], atol=1e-6), name
     assert metrics(tmp_path / "1")[0]["loss"] == pytest.approx(metrics(tmp_path / "4")[0]["loss"], rel=1e-5)
+
+
+def test_two_processes_make_the_same_update(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.optim, "AdamW", lambda p, lr, weight_decay: torch.optim.SGD(p, lr))
+    train(config(folder, tmp_path / "one", lr=0.1))
+    settings = vars(config(folder, tmp_path / "two", lr=0.1))
+    launch(
+        "import torch, train_sft\n"
+        "torch.optim.AdamW = lambda p, lr, weight_decay: torch.optim.SGD(p, lr)\n"
+        "train_sft.train(train_sft.parse(train_sft.Config, ''))\n",
+        *[f"--{name}={value}" for name, value in settings.items() if value != ""],
+    )
+    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        for name in ("loss", "grad_norm", "answer_tokens"):
+            assert two[name] == pytest.approx(one[name], rel=1e-4), name
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
 
 
 def test_it_learns_by_heart(folder, tmp_path):
