@@ -28,7 +28,8 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from data import PROMPTS, SAMPLE_RATE
+from data import PROMPTS, SAMPLE_RATE, BadInput
+from train_sft import run
 
 FOLDER = "runs/toy"
 SECONDS = 2
@@ -205,7 +206,8 @@ def make(folder: str = FOLDER) -> None:
     # a process of its own, and one only, even where a launcher started several of this one
     launcher = ("ACCELERATE_", "TORCHELASTIC_", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "RANK", "WORLD_SIZE", "OMP_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(launcher)}
-    subprocess.run([sys.executable, script, *flags.split()], env=environment, check=True)
+    if subprocess.run([sys.executable, script, *flags.split()], env=environment).returncode:
+        raise BadInput(f"{folder}: the toy's warm-up by train_sft.py failed, as it says above")
     os.rename(f"{folder}/warmup", f"{folder}/base")
     shutil.rmtree(f"{folder}/init")
 
@@ -231,4 +233,4 @@ def prepare_run(accelerator: Accelerator) -> list[str]:
 
 
 if __name__ == "__main__":
-    make()
+    run(make)
