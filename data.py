@@ -102,6 +102,8 @@ def to_example(row: object, place: str, folder: str) -> Example:
     if special := re.search(r"<\|\w+\|>", " ".join([question, *choices])):
         refuse(f"the text holds the special token {special[0]}")
 
+    if is_avqa:
+        question = question.replace("video", "audio")
     answer = row.get("answer")
     if answer is None or answer == "":  # as in MMAU's Test
         answer = None
@@ -109,7 +111,6 @@ def to_example(row: object, place: str, folder: str) -> Example:
         if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
             refuse(f"answer must be an index from 0 to {len(choices) - 1}, not {answer!r}")
         answer = choices[answer]
-        question = question.replace("video", "audio")
     elif str(answer).strip() not in [choice.strip() for choice in choices]:
         refuse(f"answer {answer!r} is not among the options {choices}")
     return Example(find_clip(row, place, folder), question, choices, None if answer is None else str(answer), row, place)
@@ -117,14 +118,15 @@ def to_example(row: object, place: str, folder: str) -> Example:
 
 def find_clip(row: dict, place: str, folder: str) -> str:
     """Path of a row's clip: the first of its likely places that exists, else the likeliest."""
-    name = next((row[key] for key in ("audio", "audio_path", "audio_id", "video_name") if key in row), None)
+    key = next((key for key in ("audio", "audio_path", "audio_id", "video_name") if key in row), None)
+    name = row.get(key)
     if not isinstance(name, str) or not name.strip():
         raise BadInput(f"{place}: no audio (key 'audio', 'audio_path', 'audio_id' or 'video_name')")
-    if any(key in row for key in ("audio", "audio_path", "audio_id")):
-        names = [name, os.path.basename(name)]
-    else:  # original AVQA: `<youtube id>_000030`, extracted under one of several names
+    if key == "video_name":  # original AVQA: `<youtube id>_000030`, extracted under one of several names
         video = name.rsplit("_", 1)[0]
         names = [f"{stem}.{kind}" for kind in ("wav", "flac", "mp3", "ogg") for stem in (f"{video}_30", name, f"{video}_000000")]
+    else:
+        names = [name, os.path.basename(name)]
     paths = [os.path.normpath(os.path.join(folder, name)) for name in names]
     return next((path for path in paths if os.path.isfile(path)), paths[0])
 
