@@ -131,15 +131,14 @@ def sample(model, inputs: dict, eos_ids: list[int], max_new_tokens: int, tempera
     cache.batch_repeat_interleave(G)
     hidden, mask = hidden.repeat_interleave(G, 0), prompt_mask.repeat_interleave(G, 0)  # (B*G, D), (B*G, P)
     position, tokens = mask.sum(1, keepdim=True), []
+    done = torch.zeros(B * G, dtype=torch.bool, device=mask.device)
     while True:
         logits = model.lm_head(hidden).float()  # (B*G, V)
         token = logits.argmax(-1) if noise is None else draw(logits, noise[..., len(tokens)].flatten(), temperature)
         tokens.append(token)
-        ids = torch.stack(tokens, 1).view(B, G, -1)  # (B, G, t)
-        ended = torch.isin(ids, eos)
-        if len(tokens) == max_new_tokens or ended.any(-1).all():
-            # by position: what follows the first EOS is filler, whatever its id
-            return ids, ended.cumsum(-1) - ended.long() == 0
+        done |= torch.isin(token, eos)
+        if len(tokens) == max_new_tokens or done.all():
+            break
         mask = torch.cat([mask, mask.new_ones(B * G, 1)], 1)
         hidden = lm(
             inputs_embeds=model.get_input_embeddings()(token[:, None]),
@@ -148,6 +147,9 @@ def sample(model, inputs: dict, eos_ids: list[int], max_new_tokens: int, tempera
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state[:, -1]
+    ids = torch.stack(tokens, 1).view(B, G, -1)  # (B, G, T)
+    ended = torch.isin(ids, eos).long()
+    return ids, ended.cumsum(-1) - ended == 0  # by position: what follows the first EOS is filler, whatever its id
 
 
 # ------------------------------------------------------------------------------------------------- 2. advantages

@@ -212,10 +212,11 @@ def train(config: Config) -> None:
     micro_batches = [slice(i, i + config.micro_batch) for i in range(0, B, config.micro_batch)]
     bar = tqdm(range(max_steps), desc="SFT", disable=not accelerator.is_main_process)
     for step in bar:
-        metrics, began = {}, time.perf_counter()
+        metrics = {}
         if eval_examples and step % config.eval_every == 0:
             metrics["eval_accuracy"] = eval_accuracy(accelerator, model, processor, eval_examples, config)
 
+        began = time.perf_counter()
         _, batch, inputs, cut = next_batch(accelerator, processor, examples, config, step)
         ids, mask = (tensor.to(device) for tensor in answer_batch(processor, batch, config.prompt))
         n_tokens = accelerator.reduce(mask.sum())  # answer tokens of the whole step

@@ -10,6 +10,11 @@ ROOT = str(Path(__file__).parent.parent)
 TWO = "--multi_gpu --num_processes 2 --num_machines 1 --dynamo_backend no --main_process_port 0"
 
 
+def as_flags(config) -> list[str]:
+    """Settings as the flags that give them."""
+    return [f"--{name}={value}" for name, value in vars(config).items() if value != ""]
+
+
 def launch(code: str, *flags, precision: str = "no") -> None:
     """Run `code` in two processes, with these flags as sys.argv[1:]."""
     code = (

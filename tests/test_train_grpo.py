@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from launch import launch
+from launch import as_flags, launch
 from oracle import logps_one_by_one, logps_repeated, pad, prompt_alone
 
 import train_grpo
@@ -294,7 +294,7 @@ def launch_training(settings, **options):
         "evaluate.mmau_match = lambda prediction, answer, choices: len(prediction) % 2\n"
         "torch.optim.AdamW = lambda p, lr, weight_decay: torch.optim.SGD(p, lr)\n"
         "train_grpo.train(parse(train_grpo.Config, ''))\n",
-        *[f"--{name}={value}" for name, value in vars(settings).items() if value != ""],
+        *as_flags(settings),
         **options,
     )
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from launch import launch
+from launch import as_flags, launch
 from oracle import prompt_alone
 from safetensors.torch import load_file
 
@@ -55,12 +55,11 @@ def test_micro_batch_changes_nothing(folder, tmp_path, monkeypatch):
 def test_two_processes_make_the_same_update(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.optim, "AdamW", lambda p, lr, weight_decay: torch.optim.SGD(p, lr))
     train(config(folder, tmp_path / "one", lr=0.1))
-    settings = vars(config(folder, tmp_path / "two", lr=0.1))
     launch(
         "import torch, train_sft\n"
         "torch.optim.AdamW = lambda p, lr, weight_decay: torch.optim.SGD(p, lr)\n"
         "train_sft.train(train_sft.parse(train_sft.Config, ''))\n",
-        *[f"--{name}={value}" for name, value in settings.items() if value != ""],
+        *as_flags(config(folder, tmp_path / "two", lr=0.1)),
     )
     for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         for name in ("loss", "grad_norm", "answer_tokens"):
