@@ -1,9 +1,10 @@
-"""Rewards and scoring: pure functions of text.
+"""Rewards and scoring: pure functions of text, and of what was right and wrong.
 
 The reward of a completion is accuracy + format, each 0 or 1 (R1-AQA, arXiv 2503.11197). Both compare text with
 text; nothing is parsed as mathematics, which would take "Woman 1" for "Man 1".
 """
 
+import math
 import re
 
 TEXT = r"\s*(?!\s)(?:(?!</?(?:think|answer)>).)+"  # not blank, and no tag in it
@@ -47,3 +48,29 @@ def mmau_match(prediction: str, answer: str, choices: list[str]) -> bool:
 
 def words(text: str) -> set[str]:
     return set(re.findall(r"\b\w+\b", text.lower()))
+
+
+# ------------------------------------------------------------------------------------------- how sure an accuracy is
+
+Z = 1.959964  # 95 % of a normal distribution lie within so many standard deviations
+
+
+def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+    """The 95 % score interval of an accuracy (Wilson 1927)."""
+    p, scale = correct / total, 1 + Z * Z / total
+    middle = (p + Z * Z / (2 * total)) / scale
+    half = Z * math.sqrt(p * (1 - p) / total + (Z / (2 * total)) ** 2) / scale
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def mcnemar_p(b: int, c: int) -> float:
+    """Exact two-sided p-value of b against c rows on which only the one or only the other model is right (McNemar 1947)."""
+    return min(1.0, 2 * sum(math.comb(b + c, k) for k in range(min(b, c) + 1)) / 2 ** (b + c))
+
+
+def paired_difference(pairs: list[tuple[bool, bool]]) -> tuple[float, float, float, float]:
+    """Second minus first accuracy on the same rows, its 95 % interval (Bonett and Price 2012), McNemar's p-value."""
+    n, b, c = len(pairs), sum(y and not x for x, y in pairs), sum(x and not y for x, y in pairs)
+    p, q = (b + 1) / (n + 2), (c + 1) / (n + 2)
+    half = Z * math.sqrt((p + q - (p - q) ** 2) / (n + 2))
+    return (b - c) / n, max(-1.0, p - q - half), min(1.0, p - q + half), mcnemar_p(b, c)

@@ -1,6 +1,7 @@
+import numpy as np
 import pytest
 
-from rewards import accuracy_reward, extract_answer, format_reward, mmau_match
+from rewards import accuracy_reward, extract_answer, format_reward, mcnemar_p, mmau_match, paired_difference, wilson_interval
 
 ANSWER, THINK = "<answer>dog</answer>", "<think>it barks</think><answer>dog</answer>"
 
@@ -90,3 +91,30 @@ def test_accuracy_is_text_against_text():
 )
 def test_mmau_rule_by_hand(prediction, answer, choices, right):
     assert mmau_match(prediction, answer, choices) is right
+
+
+@pytest.mark.parametrize(
+    "correct, total, low, high",  # Newcombe 1998, Table I, method 3
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_intervals_are_the_published_ones(correct, total, low, high):
+    assert wilson_interval(correct, total) == pytest.approx([low, high], abs=5e-5)
+
+
+def test_mcnemar_is_the_published_one():
+    assert mcnemar_p(9, 2) == pytest.approx(0.06543, abs=5e-6)  # R's exact2x2, mcnemar.exact(matrix(c(21, 9, 2, 12), 2, 2))
+    assert mcnemar_p(1, 7) == pytest.approx(0.0703, abs=5e-5)  # Fagerland et al. 2013, Bentur's stem cell data
+    assert mcnemar_p(5, 0) == 0.0625 and mcnemar_p(0, 0) == mcnemar_p(3, 3) == 1
+    assert 0 <= mcnemar_p(600, 9000) < 1e-300
+
+
+def test_the_paired_interval_holds_the_difference_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(1000):
+        a = rng.random(300) < 0.6
+        b = np.where(rng.random(300) < 0.8, a, rng.random(300) < 0.85)  # right in 65 %: 5 points more
+        d, low, high, _ = paired_difference(list(zip(a, b)))
+        inside += low <= 0.05 <= high
+        assert d == pytest.approx(b.mean() - a.mean())
+    assert 930 <= inside <= 970
