@@ -1,46 +1,98 @@
-"""Accuracy on MMAU, or on any file of questions: greedy answers, scored as the benchmark scores them.
+"""Accuracy on MMAU, or on any file of questions, scored as the benchmark scores it, and how sure the number is.
 
     accelerate launch evaluate.py --model runs/grpo --data mmau-test-mini.json --audio_dir mmau --output runs/eval
+    accelerate launch evaluate.py --checkpoints runs/grpo --data mmau-test-mini.json --audio_dir mmau    # the whole curve
+    python evaluate.py --score predictions.json                                   # any model's predictions
+    python evaluate.py --compare a/predictions.json b/predictions.json            # is b better than a?
+    python evaluate.py --model runs/grpo --ask clip.wav --question "What barks?" --choices "a dog" "a seal"
 """
 
+import glob
+import hashlib
 import json
 import os
+import re
+import time
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import accelerate
+import numpy as np
 import torch
+import transformers
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, set_seed
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
-from data import PROMPTS, BadInput, Example, check_audio, decode, eos_tokens, load_examples, make_batch
-from rewards import extract_answer, mmau_match
+from data import PROMPTS, SAMPLE_RATE, BadInput, Example, check_audio, completion_mask, decode, eos_tokens, is_cut
+from data import load_audio, load_examples, make_batch, read_rows, to_example, write_whole
+from rewards import extract_answer, format_reward, mmau_match, paired_difference, wilson_interval
 from train_grpo import sample
 from train_sft import check_at_least, load_model, make_folder, parse, run
+
+GROUPS = ("task", "difficulty", "sub-category", "modality")  # keys of MMAU and, the last, of MMAR
+
 
 
 @dataclass
 class Config:
     model: str = HfArg(default="Qwen/Qwen2-Audio-7B-Instruct", help="hub name or folder of a Qwen2-Audio model")
-    data: str = HfArg(default="", help="questions: MMAU, or any file that training takes")
+    data: str = HfArg(default="", help="questions: MMAU, MMAR, or any file that training takes")
     audio_dir: str = HfArg(default="", help="folder of the clips; empty: beside the questions")
-    output: str = HfArg(default="runs/eval", help="folder for predictions.json")
+    output: str = HfArg(default="", help="folder for the results; empty: runs/eval, or eval in the folder of --checkpoints")
     prompt: str = HfArg(default="", help="plain, answer or think; empty: as the model was trained, else answer")
+    decoding: str = HfArg(default="greedy", help="greedy; or model: sample as the model's generation_config.json says")
+    silence: bool = HfArg(default=False, help="replace every clip by silence: what is guessed from the text alone")
     batch_size: int = HfArg(default=16, help="questions answered together")
     max_new_tokens: int = HfArg(default=256, help="of an answer")
     limit: int = HfArg(default=0, help="answer only the first so many questions; 0: all")
+    seed: int = HfArg(default=42, help="of --decoding model")
+    checkpoints: str = HfArg(default="", help="folder of a training run: evaluate each checkpoint that is not evaluated yet")
+    score: str = HfArg(default="", help="predictions of any model: only score them")
+    compare: list[str] = HfArg(default_factory=list, help="two files of predictions: the difference, second minus first")
+    ask: str = HfArg(default="", help="one clip, to answer --question with one of --choices")
+    question: str = HfArg(default="", help="for --ask")
+    choices: list[str] = HfArg(default_factory=list, help="for --ask")
 
 
-def predict(model, processor, examples: list[Example], prompt: str, batch_size: int, max_new_tokens: int, quiet=False):
-    """Greedy completions, in the order of the examples, and the number of clips longer than the model hears."""
-    eos_ids, texts, cut = eos_tokens(model, processor), [], 0
+# ------------------------------------------------------------------------------------------------------- answering
+
+
+class Prediction(NamedTuple):
+    completion: str
+    cut: bool = False  # the clip is longer than the model hears
+    error: str = ""  # why the clip could not be read
+
+
+@torch.no_grad()
+def generate(model, inputs: dict, eos_ids: list[int], max_new_tokens: int):
+    """ids (B, 1, T) and their mask, by transformers, as the model's generation_config.json says."""
+    ids = model.generate(**inputs, max_new_tokens=max_new_tokens)[:, None, inputs["input_ids"].shape[1] :]
+    return ids, completion_mask(ids, eos_ids)
+
+
+def predict(
+    model, processor, examples: list[Example], prompt: str, batch_size: int, max_new_tokens: int,
+    decoding: str = "greedy", silence: bool = False, quiet: bool = False,
+) -> list[Prediction]:  # fmt: skip
+    """Answers in the order of the examples. A clip that cannot be read costs its own row: an empty completion."""
+    answer, eos_ids, predictions = sample if decoding == "greedy" else generate, eos_tokens(model, processor), []
     for start in tqdm(range(0, len(examples), batch_size), desc="answering", disable=quiet):
-        inputs, longer = make_batch(processor, examples[start : start + batch_size], prompt)
-        inputs = {name: value.to(model.device) for name, value in inputs.items()}
-        texts += [group[0] for group in decode(processor, eos_ids, *sample(model, inputs, eos_ids, max_new_tokens))]
-        cut += longer
-    return texts, cut
+        batch, waves, errors = examples[start : start + batch_size], [], []
+        for example in batch:
+            try:
+                wave, error = load_audio(example.audio), ""
+            except BadInput as bad:
+                wave, error = np.zeros(SAMPLE_RATE, np.float32), f"{example.place}: {bad}"
+            waves.append(np.zeros_like(wave) if silence else wave)
+            errors.append(error)
+        inputs = {name: value.to(model.device) for name, value in make_batch(processor, batch, waves, prompt).items()}
+        texts = [group[0] for group in decode(processor, eos_ids, *answer(model, inputs, eos_ids, max_new_tokens))]
+        for text, wave, error in zip(texts, waves, errors):
+            predictions.append(Prediction("" if error else text, is_cut(processor, wave), error))
+    return predictions
 
 
 def eval_accuracy(accelerator: Accelerator, model, processor, examples: list[Example], config) -> float:
@@ -49,68 +101,318 @@ def eval_accuracy(accelerator: Accelerator, model, processor, examples: list[Exa
     model.eval()
     with accelerator.autocast():
         batch_size = config.prompts_per_step // accelerator.num_processes
-        texts, _ = predict(model, processor, mine, config.prompt, batch_size, config.max_new_tokens, quiet=True)
-    right = sum(mmau_match(extract_answer(o, config.prompt), e.answer, e.choices) for o, e in zip(texts, mine))
+        predictions = predict(model, processor, mine, config.prompt, batch_size, config.max_new_tokens, quiet=True)
+    if (errors := [p.error for p in predictions if p.error]) and not config.skip_bad_audio:
+        raise BadInput(errors[0])
+    right = sum(mmau_match(extract_answer(p.completion, config.prompt), e.answer, e.choices) for p, e in zip(predictions, mine))
     return accelerator.reduce(torch.tensor(float(right), device=accelerator.device)).item() / len(examples)
 
 
-def trained_prompt(model: str) -> str:
-    """The prompt style that a checkpoint of ours was trained with (its run.json), else the default."""
+def prompt_style(config: Config, model: str) -> str:
+    """--prompt, else the style that a checkpoint of ours was trained with, else the default."""
+    prompt = config.prompt or read_json(os.path.join(model, "run.json")).get("prompt", "answer")
+    if prompt not in PROMPTS:
+        raise BadInput(f"--prompt {prompt}: unknown, choose one of {', '.join(PROMPTS)}")
+    return prompt
+
+
+# --------------------------------------------------------------------------------------------------------- scoring
+
+
+def judge(row: object, place: str) -> bool | None:
+    """Whether a row's prediction is right by MMAU's rule; None where there is no answer to compare with."""
+    if not isinstance(row, dict):
+        raise BadInput(f"{place}: not a JSON object")
+    choices, answer = row.get("choices", row.get("multi_choice")), row.get("answer")
+    if not isinstance(choices, list):
+        raise BadInput(f"{place}: no list of options (key 'choices')")
+    if answer is None or answer == "":
+        return None
+    if "multi_choice" in row:  # AVQA's answers are indices
+        if answer not in range(len(choices)):
+            raise BadInput(f"{place}: answer must be an index from 0 to {len(choices) - 1}, not {answer!r}")
+        answer = choices[answer]
+    return mmau_match(prediction_of(row) or "", str(answer), [str(choice) for choice in choices])
+
+
+def prediction_of(row: dict) -> str | None:
+    """A row's prediction under either key of the benchmark's script; None where there is none."""
+    values = [row[key] for key in ("model_output", "model_prediction") if row.get(key) is not None]
+    return str(values[0]) if values else None
+
+
+def tally(marks: list[bool]) -> dict:
+    correct, total = sum(marks), len(marks)
+    sure = {"accuracy": correct / total, "interval": wilson_interval(correct, total)} if total else {"accuracy": None, "interval": None}
+    return {**sure, "correct": correct, "total": total}
+
+
+def by_group(rows: list[dict], values: list) -> dict[str, dict[str, list]]:
+    """The values, one a row, sorted into {key: {value of that key: [...]}}; None is left out."""
+    groups = {key: defaultdict(list) for key in GROUPS}
+    for row, value in zip(rows, values, strict=True):
+        for key in GROUPS:
+            if value is not None and key in row:
+                groups[key][str(row[key])].append(value)
+    return {key: dict(sorted(group.items())) for key, group in groups.items()}
+
+
+def score(rows: list[tuple[dict, str]]) -> dict:
+    """Accuracy of rows with predictions (and their places), overall and by group. A missing prediction is wrong."""
+    marks, rows = [judge(row, place) for row, place in rows], [row for row, _ in rows]
+    return {
+        **tally([mark for mark in marks if mark is not None]),
+        "unanswered": marks.count(None),
+        "missing": sum(prediction_of(row) is None for row in rows),
+        "by": {key: {name: tally(part) for name, part in group.items()} for key, group in by_group(rows, marks).items()},
+    }
+
+
+def sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+def read_json(path: str) -> dict:
+    """What an earlier run left in a file; nothing where there is none."""
     try:
-        with open(os.path.join(model, "run.json")) as file:
-            return json.load(file)["prompt"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return "answer"
+        with open(path, encoding="utf-8") as file:
+            value = json.load(file)
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def write_json(path: str, value) -> None:
+    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def show(results: dict, target: str) -> None:
+    """The table on the terminal, and what a reader of its numbers must know."""
+
+    def line(name, part):
+        low, high = part["interval"]
+        counts = f"{part['correct']} of {part['total']}"
+        print(f"{name:<40} {part['accuracy']:8.1%}   {100 * low:5.1f} to {100 * high:5.1f}   {counts:>14}")
+
+    if results["total"]:
+        print(f"{'':<40} accuracy   95 % interval          correct")
+        line("overall", results)
+        for key, group in results["by"].items():
+            if group:
+                print(key)
+                for name, part in group.items():
+                    line(f"  {name}", part)
+    else:
+        print("the file has no answers, so there is nothing to score")
+    notes = {
+        "unanswered": "rows have no answer to compare with and are not in the score",
+        "missing": "rows have no prediction and count as wrong (the benchmark's own script may leave them out)",
+        "over_length": "clips are longer than the model hears; the rest was not heard",
+    }
+    for name, text in notes.items():
+        if results.get(name) and results["total"]:
+            print(f"{results[name]} {text}")
+    if results.get("unreadable"):
+        print(f"{len(results['unreadable'])} clips could not be read; their rows count as wrong:")
+        print("\n".join(f"  {error}" for error in results["unreadable"][:10]))
+        if len(results["unreadable"]) > 10:
+            print(f"  ... all of them in {target}")
+    if results.get("unparseable"):
+        print(f"{results['unparseable']:.1%} of the completions are not in the format that was asked for")
+    if results.get("model"):
+        heard = ", clips replaced by silence" if results["silence"] else ""
+        print(f"model {results['model']}, prompt {results['prompt']}, decoding {results['decoding']}{heard}")
+    print(f"questions {results['data']}, SHA-256 {results['data_sha256']}")
+    print(f"results in {target}")
+
+
+def score_file(path: str) -> None:
+    """Score a file of predictions. If a run of ours made it, what only that run knew stays in its results.json."""
+    rows = read_rows(path)
+    results, digest = score(rows), sha256(path)
+    if results["missing"] == len(rows):
+        raise BadInput(f"{path}: no row has a prediction (key 'model_output' or 'model_prediction')")
+    target = os.path.join(os.path.dirname(path), "results.json")
+    known = read_json(target)
+    if known.get("predictions_sha256") != digest:
+        known = {"data": path, "data_sha256": digest, "unparseable": None, "over_length": None, "unreadable": None}
+    results = known | results | {"predictions_sha256": digest}
+    write_json(target, results)
+    show(results, target)
+
+
+# --------------------------------------------------------------------------------------------------------- comparing
+
+
+def read_marks(path: str) -> dict[str, tuple[dict, bool | None]]:
+    """Rows of a file of predictions and whether they are right, by what identifies their questions."""
+    keys = ("id", "audio", "audio_path", "audio_id", "video_name", "question", "question_text", "choices", "multi_choice", "answer")
+    marks = {}
+    for row, place in read_rows(path):
+        mark, question = judge(row, place), json.dumps([row.get(key) for key in keys])
+        if question in marks:
+            raise BadInput(f"{place}: the same question as in a row before it, and their answers cannot be told apart")
+        marks[question] = row, mark
+    return marks
+
+
+def compare(paths: list[str]) -> None:
+    """Print how two files of predictions for the same questions differ, overall and by task."""
+    if len(paths) != 2:
+        raise BadInput(f"--compare takes two files of predictions, not {len(paths)}")
+    first, second = map(read_marks, paths)
+    if first.keys() != second.keys():
+        only = len(first.keys() - second.keys()), len(second.keys() - first.keys())
+        raise BadInput(f"{paths[0]} and {paths[1]} hold other questions: {only[0]} are only in the first, {only[1]} in the second")
+    rows = [row for row, _ in first.values()]
+    pairs = [None if mark is None else (mark, second[key][1]) for key, (_, mark) in first.items()]
+    if not any(pairs):
+        raise BadInput(f"{paths[0]}: has no answers to compare with")
+
+    def line(name, pairs):
+        first, second = (100 * sum(pair[i] for pair in pairs) / len(pairs) for i in (0, 1))
+        d, low, high, p = paired_difference(pairs)
+        interval = f"{100 * low:+6.1f} to {100 * high:+6.1f}"
+        print(f"{name:<20} {first:6.1f} {second:6.1f}  {100 * d:+6.1f}   {interval}   {p:8.2g}   {len(pairs)}")
+
+    print(f"first: {paths[0]}\nsecond: {paths[1]}")
+    print(f"{'accuracy in %':<20}  first second  second-first  95 % interval   McNemar p   rows")
+    line("overall", [pair for pair in pairs if pair])
+    for name, part in by_group(rows, pairs)["task"].items():
+        line(f"  {name}", part)
+
+
+# ------------------------------------------------------------------------------------------------------------- runs
+
+
+def evaluate(config: Config, accelerator: Accelerator, examples: list[Example], path: str, folder: str) -> None:
+    """Answer and score the questions with the model at `path`: predictions.json and results.json in `folder`."""
+    prompt = prompt_style(config, path)
+    model, processor = load_model(path)
+    model.to(accelerator.device).eval()
+    if accelerator.is_main_process:
+        make_folder(folder)
+    set_seed(config.seed, device_specific=True)  # for --decoding model
+    began = time.perf_counter()
+    # every process answers each n-th question; pairs with their places come back
+    mine = range(accelerator.process_index, len(examples), accelerator.num_processes)
+    quiet, part = not accelerator.is_main_process, [examples[i] for i in mine]
+    limits = config.batch_size, config.max_new_tokens
+    answered = predict(model, processor, part, prompt, *limits, config.decoding, config.silence, quiet)
+    answered = dict(gather_object(list(zip(mine, answered))))
+    predictions = [answered[i] for i in range(len(examples))]
+    if accelerator.is_main_process:
+        rows = []
+        for example, prediction in zip(examples, predictions):
+            answer = extract_answer(prediction.completion, prompt)
+            # both keys that the benchmark's own script has used
+            rows.append(example.row | {"model_output": answer, "model_prediction": answer, "completion": prediction.completion})
+        target = os.path.join(folder, "predictions.json")
+        write_json(target, rows)
+        results = score([(row, example.place) for row, example in zip(rows, examples)]) | {
+            "unparseable": sum(format_reward(p.completion, prompt) == 0 for p in predictions) / len(rows),
+            "over_length": sum(p.cut for p in predictions),
+            "unreadable": [p.error for p in predictions if p.error],
+            "model": path,
+            **settings(config, prompt),
+            "data": config.data,
+            "predictions_sha256": sha256(target),
+            "processes": accelerator.num_processes,
+            "seconds": round(time.perf_counter() - began, 3),
+            "versions": {package.__name__: package.__version__ for package in (torch, transformers, accelerate)},
+        }
+        write_json(os.path.join(folder, "results.json"), results)
+        show(results, os.path.join(folder, "results.json"))
+    accelerator.wait_for_everyone()
+
+
+def settings(config: Config, prompt: str) -> dict:
+    """What makes two results comparable."""
+    same = ("decoding", "silence", "max_new_tokens", "limit", "seed")
+    return {"prompt": prompt, **{name: getattr(config, name) for name in same}, "data_sha256": sha256(config.data)}
+
+
+def evaluate_checkpoints(config: Config, accelerator: Accelerator, examples: list[Example]) -> None:
+    """Evaluate each complete checkpoint of a run that has no results yet, then show the curve."""
+    paths = glob.glob(os.path.join(glob.escape(config.checkpoints), "checkpoint-*", "config.json"))  # the last to be written
+    paths = {int(path.split("-")[-1]): path for path in map(os.path.dirname, paths) if re.search(r"-\d+$", path)}
+    if not paths:
+        raise BadInput(f"--checkpoints {config.checkpoints}: holds no complete checkpoint-N")
+    output = config.output or os.path.join(config.checkpoints, "eval")
+    folders = {step: os.path.join(output, f"checkpoint-{step}") for step in sorted(paths)}
+    curve = {step: read_json(os.path.join(folder, "results.json")) for step, folder in folders.items()}
+    for step, done in curve.items():
+        wanted = settings(config, prompt_style(config, paths[step]))
+        if other := [name for name in wanted if done and done.get(name) != wanted[name]]:
+            raise BadInput(f"{folders[step]}: was made with another {', '.join(other)}; name another --output")
+    accelerator.wait_for_everyone()  # until all have seen what there is
+    for step, done in curve.items():
+        if not done:
+            accelerator.print(f"checkpoint-{step}")
+            evaluate(config, accelerator, examples, paths[step], folders[step])
+    if accelerator.is_main_process:
+        show_curve({step: read_json(os.path.join(folder, "results.json")) for step, folder in folders.items()})
+
+
+def show_curve(curve: dict[int, dict]) -> None:
+    """Accuracy and interval of each step as a chart of characters."""
+    if not all(results["total"] for results in curve.values()):
+        return
+    best = max(curve, key=lambda step: curve[step]["accuracy"])
+    left = min(results["interval"][0] for results in curve.values())
+    width = max(results["interval"][1] for results in curve.values()) - left
+    print(f"\n{'step':>6} accuracy   95 % interval")
+    for step, results in curve.items():
+        low, high = results["interval"]
+        a, o, z = (round(50 * (x - left) / width) for x in (low, results["accuracy"], high))
+        bar = " " * a + "-" * (o - a) + "o" + "-" * (z - o)
+        print(f"{step:>6} {results['accuracy']:8.1%}   {100 * low:5.1f} to {100 * high:5.1f}  {bar}{' <- best' * (step == best)}")
+    print("the best was picked on the questions it is scored on, so its accuracy is optimistic: report the whole curve")
+
+
+def ask(config: Config) -> None:
+    """One question about one's own clip, answered on the terminal."""
+    example = to_example({"audio": config.ask, "question": config.question, "choices": config.choices}, "--ask", "")
+    wave = load_audio(example.audio)  # before the model is loaded
+    prompt = prompt_style(config, config.model)
+    model, processor = load_model(config.model)
+    model.to(Accelerator().device).eval()
+    (prediction,) = predict(model, processor, [example], prompt, 1, config.max_new_tokens, config.decoding, quiet=True)
+    print(prediction.completion)
+    if is_cut(processor, wave):
+        print(f"(only the first {processor.feature_extractor.chunk_length} s were heard)")
 
 
 def main() -> None:
     config = parse(Config, __doc__)
-    if not config.data:
-        raise BadInput("--data is missing: the file of questions")
-    prompt = config.prompt or trained_prompt(config.model)
-    if prompt not in PROMPTS:
-        raise BadInput(f"--prompt {prompt}: unknown, choose one of {', '.join(PROMPTS)}")
-    check_at_least(config, batch_size=1, max_new_tokens=1, limit=0)
-    target = os.path.join(config.output, "predictions.json")
-    if os.path.exists(target):
-        raise BadInput(f"{target}: already there; remove it or name another --output")
-    examples = load_examples(config.data, config.audio_dir, need_answers=False)[: config.limit or None]
-    check_audio(examples)
-
-    accelerator = Accelerator()
-    make_folder(config.output)
-    model, processor = load_model(config.model)
-    model.to(accelerator.device).eval()
-    # every process answers each n-th question; pairs with their places come back
-    mine = range(accelerator.process_index, len(examples), accelerator.num_processes)
-    quiet = not accelerator.is_main_process
-    part = [examples[i] for i in mine]
-    texts, cut = predict(model, processor, part, prompt, config.batch_size, config.max_new_tokens, quiet)
-    answered = dict(gather_object(list(zip(mine, texts))))
-    cut = sum(gather_object([cut]))
-    if accelerator.is_main_process:
-        rows, right = [], defaultdict(list)
-        for i, example in enumerate(examples):
-            answer = extract_answer(answered[i], prompt)
-            # both keys that the benchmark's own script has used
-            rows.append(example.row | {"model_output": answer, "model_prediction": answer, "completion": answered[i]})
-            if example.answer is not None:
-                correct = mmau_match(answer, example.answer, example.choices)
-                for group in ("all", str(example.row.get("task", example.row.get("modality", "no task")))):
-                    right[group].append(correct)
-        with open(f"{target}.partial", "w", encoding="utf-8") as file:
-            json.dump(rows, file, indent=2, ensure_ascii=False)
-        os.replace(f"{target}.partial", target)
-        for group, scores in sorted(right.items(), key=lambda item: (item[0] == "all", item[0])):
-            print(f"{group:<12} {sum(scores) / len(scores):6.1%}  {sum(scores)} of {len(scores)}")
-        if not right:
-            print("the file has no answers, so there is nothing to score")
-        if cut:
-            seconds = processor.feature_extractor.chunk_length
-            print(f"{cut} of {len(examples)} clips are longer than the {seconds} s the model hears; the rest was not heard")
-        print(f"prompt {prompt}; predictions in {target}")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    modes = [mode for mode in ("checkpoints", "score", "compare", "ask") if getattr(config, mode)]
+    if len(modes) > 1:
+        raise BadInput(f"--{modes[0]} and --{modes[1]} are two things to do: choose one")
+    if config.decoding not in ("greedy", "model"):
+        raise BadInput(f"--decoding {config.decoding}: unknown, choose greedy or model")
+    check_at_least(config, max_new_tokens=1)
+    if config.score:
+        score_file(config.score)
+    elif config.compare:
+        compare(config.compare)
+    elif config.ask:
+        ask(config)
+    else:
+        if not config.data:
+            raise BadInput("--data is missing: the file of questions")
+        check_at_least(config, batch_size=1, limit=0, seed=0)
+        examples = load_examples(config.data, config.audio_dir, need_answers=False)[: config.limit or None]
+        check_audio(examples, skip=True)
+        output, accelerator = config.output or "runs/eval", Accelerator()
+        if config.checkpoints:
+            evaluate_checkpoints(config, accelerator, examples)
+        elif os.path.exists(target := os.path.join(output, "predictions.json")):
+            raise BadInput(f"{target}: already there; remove it or name another --output")
+        else:
+            accelerator.wait_for_everyone()  # until all have seen that
+            evaluate(config, accelerator, examples, config.model, output)
+        accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 from transformers.hf_argparser import HfArg
 
-from data import BadInput, Example, decode, eos_tokens, take
+from data import BadInput, Example, completion_mask, decode, eos_tokens, take
 from rewards import accuracy_reward, format_reward
 from train_sft import check_at_least, load_model, next_batch, parse, run, save_model, set_trainable, start, write_metrics
 
@@ -47,6 +47,7 @@ class Config:
     model: str = HfArg(default="Qwen/Qwen2-Audio-7B-Instruct", help="hub name or folder of a Qwen2-Audio model")
     data: str = HfArg(default="", help="training questions: JSON or JSON Lines, see README")
     audio_dir: str = HfArg(default="", help="folder of the clips; empty: beside the questions")
+    skip_bad_audio: bool = HfArg(default=False, help="pass over clips that cannot be read, and count them, instead of stopping")
     eval_data: str = HfArg(default="", help="questions to measure accuracy on while training; empty: none")
     eval_every: int = HfArg(default=100, help="steps between two such measurements")
     output: str = HfArg(default="runs/grpo", help="folder for metrics, checkpoints and the final model")
@@ -148,8 +149,7 @@ def sample(model, inputs: dict, eos_ids: list[int], max_new_tokens: int, tempera
             use_cache=True,
         ).last_hidden_state[:, -1]
     ids = torch.stack(tokens, 1).view(B, G, -1)  # (B, G, T)
-    ended = torch.isin(ids, eos).long()
-    return ids, ended.cumsum(-1) - ended == 0  # by position: what follows the first EOS is filler, whatever its id
+    return ids, completion_mask(ids, eos_ids)
 
 
 # ------------------------------------------------------------------------------------------------- 2. advantages
@@ -280,7 +280,7 @@ def train(config: Config) -> None:
 
         # 1. a group of completions for each prompt
         clock = [now()]
-        first, batch, inputs, cut = next_batch(accelerator, processor, examples, config, step)
+        first, batch, inputs, clips = next_batch(accelerator, processor, examples, config, step)
         # the numbers behind a sample belong to its prompt, so that processes and batches change nothing
         noise = [sampling_noise(config.seed, k, G, T) for k in range(first, first + B)]
         policy.eval()
@@ -345,7 +345,7 @@ def train(config: Config) -> None:
             "completion_tokens": lengths.mean(),
             "truncated": unended.float().mean(),
             "unique_completions": np.mean([len(set(group)) for group in texts]),
-            "clips_cut": cut / B,
+            **clips,
             "seconds_sample": clock[1] - clock[0],
             "seconds_score": clock[2] - clock[1],
             "seconds_update": clock[3] - clock[2],

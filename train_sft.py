@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor, HfArgumentParser, Qwen2AudioForConditionalGeneration
 from transformers.hf_argparser import HfArg
 
-from data import PROMPTS, BadInput, Example, check_audio, load_examples, make_batch, stream_indices, take
+from data import PROMPTS, BadInput, Example, check_audio, is_cut, load_audio, load_examples, make_batch, stream_indices, take
 
 
 @dataclass
@@ -31,6 +31,7 @@ class Config:
     model: str = HfArg(default="Qwen/Qwen2-Audio-7B-Instruct", help="hub name or folder of a Qwen2-Audio model")
     data: str = HfArg(default="", help="training questions: JSON or JSON Lines, see README")
     audio_dir: str = HfArg(default="", help="folder of the clips; empty: beside the questions")
+    skip_bad_audio: bool = HfArg(default=False, help="pass over clips that cannot be read, and count them, instead of stopping")
     eval_data: str = HfArg(default="", help="questions to measure accuracy on while training; empty: none")
     eval_every: int = HfArg(default=100, help="steps between two such measurements")
     output: str = HfArg(default="runs/sft", help="folder for metrics, checkpoints and the final model")
@@ -105,7 +106,7 @@ def start(config) -> tuple[Accelerator, list[Example], list[Example]]:
         raise BadInput(f"--prompts_per_step {config.prompts_per_step} does not divide by {share}")
     examples = load_examples(config.data, config.audio_dir)
     eval_examples = load_examples(config.eval_data, config.audio_dir) if config.eval_data else []
-    check_audio(examples + eval_examples)
+    missing = check_audio(examples + eval_examples, config.skip_bad_audio)
     if os.path.exists(config.output) and (not os.path.isdir(config.output) or os.listdir(config.output)):
         raise BadInput(f"--output {config.output}: already holds a run or other files; remove it or name another folder")
 
@@ -115,6 +116,8 @@ def start(config) -> tuple[Accelerator, list[Example], list[Example]]:
     accelerator.init_trackers("r1-aqa", asdict(config))
     if config.log_with and accelerator.is_main_process and not accelerator.trackers:
         raise BadInput(f"--log_with {config.log_with}: not installed, pip install {config.log_with}")
+    if missing:
+        accelerator.print(f"{missing} of {len(examples + eval_examples)} clips are missing; other rows will stand in for them")
     if accelerator.device.type == "cuda" and accelerator.mixed_precision == "no":
         accelerator.print("computing in fp32: `accelerate launch --mixed_precision bf16` is several times faster")
     return accelerator, examples, eval_examples
@@ -144,12 +147,26 @@ def set_trainable(model, config) -> None:
 
 
 def next_batch(accelerator: Accelerator, processor, examples: list[Example], config, step: int):
-    """This process's B examples of a step: their first place in the stream, themselves, model inputs, clips cut."""
-    B = config.prompts_per_step // accelerator.num_processes
+    """This process's B examples of a step: their first place in the stream, themselves, model inputs, metrics of the clips.
+
+    Raises BadInput at a clip that cannot be read. With --skip_bad_audio the next row of the file stands in for it.
+    """
+    B, batch, waves, skipped = config.prompts_per_step // accelerator.num_processes, [], [], 0
     first = step * config.prompts_per_step + accelerator.process_index * B
-    batch = [examples[i] for i in stream_indices(len(examples), config.seed, first, B)]
-    inputs, cut = make_batch(processor, batch, config.prompt)
-    return first, batch, {name: value.to(accelerator.device) for name, value in inputs.items()}, cut
+    for i in stream_indices(len(examples), config.seed, first, B):
+        while len(waves) == len(batch):
+            try:
+                waves.append(load_audio(examples[i].audio))
+            except BadInput as error:
+                skipped += 1
+                if not config.skip_bad_audio or skipped > len(examples):
+                    raise BadInput(f"{examples[i].place}: {error}") from None
+                tqdm.write(f"skipped: {examples[i].place}: {error}")
+                i = (i + 1) % len(examples)
+        batch.append(examples[i])
+    inputs = make_batch(processor, batch, waves, config.prompt)
+    clips = {"clips_cut": sum(is_cut(processor, wave) for wave in waves) / B, "clips_skipped": skipped / B}
+    return first, batch, {name: value.to(accelerator.device) for name, value in inputs.items()}, clips
 
 
 def write_metrics(accelerator: Accelerator, config, step: int, metrics: dict) -> dict:
@@ -217,7 +234,7 @@ def train(config: Config) -> None:
             metrics["eval_accuracy"] = eval_accuracy(accelerator, model, processor, eval_examples, config)
 
         began = time.perf_counter()
-        _, batch, inputs, cut = next_batch(accelerator, processor, examples, config, step)
+        _, batch, inputs, clips = next_batch(accelerator, processor, examples, config, step)
         ids, mask = (tensor.to(device) for tensor in answer_batch(processor, batch, config.prompt))
         n_tokens = accelerator.reduce(mask.sum())  # answer tokens of the whole step
 
@@ -236,7 +253,7 @@ def train(config: Config) -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-        metrics |= {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], "clips_cut": cut / B}
+        metrics |= {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], **clips}
         metrics |= {"answer_tokens": n_tokens, "seconds": time.perf_counter() - began}
         done = step + 1
         if done == max_steps and eval_examples:

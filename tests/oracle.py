@@ -2,11 +2,15 @@
 
 import torch
 
-from data import make_batch
+from data import load_audio, make_batch
+
+
+def inputs_of(processor, examples, prompt="answer"):
+    return make_batch(processor, examples, [load_audio(example.audio) for example in examples], prompt)
 
 
 def prompt_alone(processor, example, prompt="answer"):
-    inputs, _ = make_batch(processor, [example], prompt)
+    inputs = inputs_of(processor, [example], prompt)
     assert inputs["attention_mask"].all()  # alone, a prompt has no padding
     return inputs
 

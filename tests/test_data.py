@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from oracle import inputs_of
 
-from data import PROMPTS, BadInput, Example, check_audio, chat_text, load_audio, load_examples, make_batch, stream_indices
+import data
+from data import PROMPTS, BadInput, Example, chat_text, check_audio, is_cut, load_audio, load_examples, stream_indices
 from train_sft import load_model
 
 OWN = {"audio": "a.wav", "question": "What is in the video?", "choices": ["dog", "cat"], "answer": "cat"}
@@ -86,6 +88,11 @@ def test_a_bad_row_is_named_with_its_file_line_and_reason(tmp_path, row, says):
         assert place in str(error.value) and says in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_benchmarks_answer_need_not_be_an_option(tmp_path):
+    (example,) = load_examples(write(tmp_path / "rows", [OWN | {"answer": "bird"}]), need_answers=False)
+    assert example.answer == "bird"
+
+
 @pytest.mark.parametrize("text, says", [("", "no rows"), ("[]", "no rows"), ("{}\n{'a': 1}", ":2: not JSON"), ("[\n1,\n", ":3: not JSON")])
 def test_a_file_that_is_no_data_is_refused(tmp_path, text, says):
     (tmp_path / "rows").write_text(text.replace("{}", json.dumps(OWN)))
@@ -105,6 +112,9 @@ def test_missing_clips_are_counted(tmp_path):
     examples = load_examples(write(tmp_path / "rows", [OWN, OWN | {"audio": "b.wav"}, OWN | {"audio": "c.wav"}]))
     with pytest.raises(BadInput, match=r"rows:2: no audio file .*b.wav \(2 of 3 clips are missing\)"):
         check_audio(examples)
+    assert check_audio(examples, skip=True) == 2
+    with pytest.raises(BadInput, match=r"\(2 of 2 clips are missing\)"):  # a wrong folder, most likely
+        check_audio(examples[1:], skip=True)
 
 
 def test_the_stream_is_permutations_one_after_another():
@@ -163,7 +173,7 @@ def test_what_is_no_sound_is_refused_by_name(tmp_path):
         with pytest.raises(BadInput, match=f"{name}: {match}"):
             load_audio(str(tmp_path / name))
 
-    refused("nowhere.wav", "cannot be read as audio")
+    refused("nowhere.wav", "no such audio file")
     (tmp_path / "text.wav").write_text("not a sound")
     refused("text.wav", "cannot be read as audio")
     (tmp_path / "nothing.wav").touch()
@@ -174,13 +184,32 @@ def test_what_is_no_sound_is_refused_by_name(tmp_path):
     refused("nan.wav", "has samples that are not finite")
 
 
+@pytest.mark.parametrize("kind, subtype", [("WAV", "PCM_16"), ("WAVEX", "PCM_24"), ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("MP3", None)])
+def test_a_clip_that_is_cut_short_is_refused(tmp_path, kind, subtype):
+    soundfile.write(tmp_path / "whole", tone(10), 16_000, format=kind, subtype=subtype)
+    assert len(load_audio(str(tmp_path / "whole"))) == pytest.approx(160_000, rel=0.02)
+    (tmp_path / "half").write_bytes((tmp_path / "whole").read_bytes()[: (tmp_path / "whole").stat().st_size // 2])
+    with pytest.raises(BadInput, match="half: (is cut short|cannot be read as audio)"):
+        load_audio(str(tmp_path / "half"))
+
+
+def test_a_wav_whose_writer_could_not_know_its_length_is_read(tmp_path):
+    """ffmpeg and sox leave such sizes when they write into a pipe."""
+    soundfile.write(tmp_path / "clip.wav", tone(1), 16_000)
+    content = bytearray((tmp_path / "clip.wav").read_bytes())
+    for size in (b"\xff\xff\xff\xff", b"\x00\xf0\xff\x7f"):
+        content[4:8] = content[40:44] = size
+        (tmp_path / "piped.wav").write_bytes(content)
+        assert np.array_equal(load_audio(str(tmp_path / "piped.wav")), load_audio(str(tmp_path / "clip.wav")))
+
+
 def test_a_batch_is_padded_on_the_left_whatever_the_config_says(folder, examples, tmp_path):
     _, processor = load_model(str(folder / "model"))
     processor.tokenizer.padding_side = "right"
     load_model(str(folder / "model"))[0].save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     _, processor = load_model(str(tmp_path))
-    inputs, _ = make_batch(processor, examples[:4], "answer")
+    inputs = inputs_of(processor, examples[:4], "answer")
     padding = inputs["attention_mask"] == 0
     assert padding.any() and (padding[:, :-1] >= padding[:, 1:]).all()  # padding first, then none
 
@@ -190,16 +219,17 @@ def test_clips_past_the_window_are_counted(toy_model, tmp_path):
     for name, seconds in (("short", 1.5), ("whole", 2.0), ("long", 2.5), ("longer", 40.0)):
         soundfile.write(tmp_path / f"{name}.wav", tone(seconds), 16_000)
         rows.append(OWN | {"audio": f"{name}.wav"})
-    inputs, cut = make_batch(toy_model[1], load_examples(write(tmp_path / "rows", rows)), "answer")
-    assert cut == 2
+    examples = load_examples(write(tmp_path / "rows", rows))
+    inputs = inputs_of(toy_model[1], examples, "answer")
+    assert [is_cut(toy_model[1], load_audio(example.audio)) for example in examples] == [False, False, True, True]
     assert inputs["feature_attention_mask"].sum(1).tolist() == [150, 200, 200, 200]
 
 
 def test_the_model_hears_what_the_processor_was_given(toy_model, examples):
     """Old names of the processor's argument are dropped in silence, and the model answers blind."""
     model, processor = toy_model
-    inputs, _ = make_batch(processor, examples[:1], "answer")
-    other, _ = make_batch(processor, [Example(**vars(examples[0]) | {"audio": examples[1].audio})], "answer")
+    inputs = inputs_of(processor, examples[:1], "answer")
+    other = inputs_of(processor, [Example(**vars(examples[0]) | {"audio": examples[1].audio})], "answer")
     assert torch.equal(inputs["input_ids"], other["input_ids"])
     assert (model(**inputs).logits - model(**other).logits).abs().max() > 1e-2
 
@@ -215,3 +245,120 @@ def test_a_models_class_comes_from_its_config(folder, tmp_path):
     (tmp_path / "qwen2-audio" / "config.json").write_text(json.dumps(config["text_config"]))
     with pytest.raises(BadInput, match="is a qwen2 model"):
         load_model(str(tmp_path / "qwen2-audio"))
+
+
+# --------------------------------------------------------------------------------------------- preparing and checking
+
+
+def run_data(monkeypatch, *flags):
+    monkeypatch.setattr("sys.argv", ["data.py", *map(str, flags)])
+    data.main()
+
+
+def avqa(name, **more):
+    return AVQA | {"video_name": f"{name}_000030"} | more
+
+
+@pytest.fixture
+def avqa_files(tmp_path):
+    """AVQA with every naming habit and every dirty row; the clips, and what should come of them."""
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "lists").mkdir()
+    names = {"a": "a_30.wav", "-b_c": "-b_c_000030.wav", "d": "d_000000.wav", "e": "e_30.flac", "f": "f_000030.mp3", "g": "g_000000.ogg"}
+    for name in names.values():
+        soundfile.write(tmp_path / "clips" / name, tone(2), 16_000, format=name.split(".")[1].upper())
+    good = [avqa(name, id=n) for n, name in enumerate(names)]
+    (tmp_path / "clips" / "text_30.wav").write_text("not a sound")
+    (tmp_path / "clips" / "empty_30.wav").touch()
+    bad = {
+        "multi_choice": [{"id": 9, "video_name": "a_000030", "question_text": "?", "answer": 0}, avqa("a", multi_choice=[]), avqa("a", multi_choice=["x"])],
+        "option": [avqa("a", multi_choice=["x", ""]), avqa("a", multi_choice=["x", None]), avqa("a", multi_choice=["x", ["y"]])],
+        "index": [avqa("a", answer=4), avqa("a", answer="cat")],
+        "no answer": [avqa("a", answer=None)],
+        "no such audio file": [avqa("gone"), avqa("gone_too")],
+        "cannot be read": [avqa("text"), avqa("empty")],
+    }  # fmt: skip
+    rows = good + [row for part in bad.values() for row in part]
+    return write(tmp_path / "lists" / "train_qa.json", rows, as_list=True), names, bad
+
+
+def test_avqa_becomes_training_rows(tmp_path, monkeypatch, capsys, avqa_files):
+    questions, names, bad = avqa_files
+    (tmp_path / "out").mkdir()
+    run_data(monkeypatch, "avqa", "--questions", questions, "--audio_dir", tmp_path / "clips", "--output", tmp_path / "out" / "train.jsonl")
+    examples = load_examples(str(tmp_path / "out" / "train.jsonl"))  # no --audio_dir: paths are relative to the file
+    assert check_audio(examples) == 0
+    assert [example.audio for example in examples] == [str(tmp_path / "clips" / name) for name in names.values()]
+    for n, example in enumerate(examples):
+        assert (example.question, example.choices, example.answer) == ("What is in the audio?", ["dog", "cat"], "cat")
+        assert example.row["id"] == n and example.row["question_type"] == "Which"
+    lost = [json.loads(line) for line in open(tmp_path / "out" / "train.left_out.jsonl")]
+    assert [entry["row"] for entry in lost] == [row for part in bad.values() for row in part]
+    for entry, word in zip(lost, [word for word, part in bad.items() for _ in part]):
+        assert word in entry["reason"] and "train_qa.json: row " in entry["reason"]
+    assert "19 questions: 6 found, 2 without a clip, 11 unusable" in capsys.readouterr().out
+
+
+def test_r1_aqas_own_file_is_converted_too(tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "a.wav", tone(), 16_000)
+    run_data(monkeypatch, "avqa", "--questions", write(tmp_path / "r1.jsonl", [CONVERTED]), "--audio_dir", tmp_path, "--output", tmp_path / "train.jsonl")
+    (example,) = load_examples(str(tmp_path / "train.jsonl"))
+    assert (example.audio, example.answer) == (str(tmp_path / "a.wav"), "cat")
+    assert not (tmp_path / "train.left_out.jsonl").exists()
+
+
+def test_a_conversion_that_cannot_be_is_refused_and_leaves_nothing(tmp_path, monkeypatch, avqa_files):
+    flags = ["avqa", "--questions", avqa_files[0], "--output", tmp_path / "train.jsonl", "--audio_dir"]
+    with pytest.raises(BadInput, match="nowhere: no such folder"):
+        run_data(monkeypatch, *flags, "nowhere")
+    with pytest.raises(BadInput, match="none of 19 rows can be used; the first: .*train_qa.json: row 1: .*a_30.wav: no such audio file"):
+        run_data(monkeypatch, *flags, tmp_path / "lists")
+    with pytest.raises(BadInput, match="cannot be written"):
+        run_data(monkeypatch, *flags, tmp_path / "clips", "--output", tmp_path / "nowhere" / "train.jsonl")
+    assert not list(tmp_path.glob("train*"))
+    (tmp_path / "train.jsonl").touch()
+    with pytest.raises(BadInput, match="already there"):
+        run_data(monkeypatch, *flags, tmp_path / "clips")
+
+
+def test_check_names_all_that_is_wrong(tmp_path, monkeypatch, capsys):
+    for name, seconds, rate, channels in (("a", 1, 16_000, 1), ("b", 31, 8_000, 2), ("c", 2, 48_000, 6)):
+        soundfile.write(tmp_path / f"{name}.wav", np.tile(tone(seconds, rate)[:, None], channels), rate)
+    (tmp_path / "text.wav").write_text("not a sound")
+    rows = [
+        OWN | {"id": 1, "task": "sound"},
+        OWN | {"id": 1, "audio": "b.wav", "task": "music"},
+        OWN | {"audio": "c.wav", "choices": ["cat", "cat", "dog"], "task": "music"},
+        OWN | {"answer": "bird"},
+        OWN | {"audio": "text.wav"},
+        OWN | {"audio": "gone.wav"},
+        OWN | {"choices": []},
+        {key: value for key, value in OWN.items() if key != "answer"},
+    ]
+    with pytest.raises(SystemExit) as status:
+        run_data(monkeypatch, "check", write(tmp_path / "rows.jsonl", rows))
+    out = capsys.readouterr().out
+    assert status.value.code == 1
+    for line, says in (
+        (4, "answer 'bird' is not among the options"), (5, r".*text.wav: cannot be read"), (6, r".*gone.wav: no such audio file"), (7, "no list of"),
+    ):  # fmt: skip
+        assert re.search(rf"unusable: .*rows.jsonl:{line}: {says}", out)
+    assert out.count("unusable: ") == 4
+    assert re.search(r"odd: .*:1: id 1 is there 2 times\nodd: .*:2: id 1 is there 2 times\nodd: .*:3: an option stands twice", out)
+    assert "8 rows, 4 of them unusable, 3 remarks" in out
+    assert "shortest 1.0 s, median 1.5, longest 31.0; 1 pass 30 s" in out
+    assert "Hz: 8000: 1, 16000: 2, 48000: 1" in out and "channels: 1: 2, 2: 1, 6: 1" in out
+    assert "options: 2: 6, 3: 1" in out and "task: None: 4, music: 2, sound: 1" in out and "no answer: 1 rows" in out
+
+
+def test_check_finds_nothing_wrong_with_the_toy(folder, monkeypatch):
+    run_data(monkeypatch, "check", folder / "train.jsonl", "--decode")  # would exit otherwise
+
+
+def test_check_reads_whole_clips_only_when_told(tmp_path, monkeypatch, capsys):
+    soundfile.write(tmp_path / "a.wav", np.where(tone() > 0.4, np.nan, tone()), 16_000, subtype="FLOAT")
+    path = write(tmp_path / "rows.jsonl", [OWN])
+    run_data(monkeypatch, "check", path)
+    with pytest.raises(SystemExit):
+        run_data(monkeypatch, "check", path, "--decode")
+    assert "not finite numbers" in capsys.readouterr().out

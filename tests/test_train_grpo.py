@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from launch import as_flags, launch
-from oracle import logps_one_by_one, logps_repeated, pad, prompt_alone
+from oracle import inputs_of, logps_one_by_one, logps_repeated, pad, prompt_alone
 
 import train_grpo
-from data import BadInput, decode, eos_tokens, make_batch, take
+from data import BadInput, decode, eos_tokens, take
 from train_grpo import Config, Policy, draw, group_advantages, grpo_loss, sample, shared_prompt_logps, train
 from train_sft import load_model, parse
 
@@ -36,7 +36,7 @@ def test_shared_prompt_logps_equal_the_repeated_forward(toy_model, examples, len
     model, processor = toy_model
     examples = examples[4 : 4 + len(lengths)]  # the first two are shorter than the window
     completions = random_completions(model, lengths)
-    inputs, _ = make_batch(processor, examples, "answer")
+    inputs = inputs_of(processor, examples, "answer")
     assert not inputs["feature_attention_mask"][0].all()
     if len(lengths) == 3:
         assert not inputs["attention_mask"].all()  # the case is meant to have padded prompts
@@ -54,7 +54,7 @@ def test_shared_prompt_gradients_equal_the_repeated_forward(toy_model, examples,
     model, processor = toy_model
     examples = examples[4 : 4 + len(lengths)]
     completions = random_completions(model, lengths)
-    inputs, _ = make_batch(processor, examples, "answer")
+    inputs = inputs_of(processor, examples, "answer")
     ids, mask = pad(completions)
     weight = torch.randn(ids.shape, generator=torch.Generator().manual_seed(1)) * mask
 
@@ -75,7 +75,7 @@ def test_a_placeholder_in_a_completion_is_a_plain_token(toy_model, examples):
     model, processor = toy_model
     completions = random_completions(model, [[4, 5], [3, 6]])
     completions[0][1][2] = completions[1][0][0] = model.config.audio_token_id
-    inputs, _ = make_batch(processor, examples[4:6], "answer")
+    inputs = inputs_of(processor, examples[4:6], "answer")
     ours = shared_prompt_logps(model, inputs, *pad(completions), 1.0)
     for b, group in enumerate(completions):
         for g, tokens in enumerate(group):
@@ -86,7 +86,7 @@ def test_a_placeholder_in_a_completion_is_a_plain_token(toy_model, examples):
 def test_padding_and_batch_do_not_matter(toy_model, examples):
     model, processor = toy_model
     completions = random_completions(model, GROUPS["several prompts"])
-    inputs, _ = make_batch(processor, examples[4:7], "answer")
+    inputs = inputs_of(processor, examples[4:7], "answer")
     ids, mask = pad(completions)
     together = shared_prompt_logps(model, inputs, ids, mask, 1.0)
     for b in range(3):
@@ -98,8 +98,8 @@ def test_padding_and_batch_do_not_matter(toy_model, examples):
 
 def test_the_policy_hears_the_audio(toy_model, examples):
     model, processor = toy_model
-    inputs, _ = make_batch(processor, examples[:1], "answer")
-    other, _ = make_batch(processor, examples[1:2], "answer")
+    inputs = inputs_of(processor, examples[:1], "answer")
+    other = inputs_of(processor, examples[1:2], "answer")
     ids, mask = pad(random_completions(model, [[4]]))
     logp = shared_prompt_logps(model, inputs, ids, mask, 1.0)
     heard_otherwise = shared_prompt_logps(model, inputs | {"input_features": other["input_features"]}, ids, mask, 1.0)
@@ -112,7 +112,7 @@ def test_the_policy_hears_the_audio(toy_model, examples):
 def test_the_cache_lies_in_the_type_that_attention_computes_in(toy_model, examples, monkeypatch):
     """Under bf16 a cache as transformers fills it is in fp32 and twice the size, to no effect on the samples."""
     model, processor = toy_model
-    inputs, _ = make_batch(processor, examples[3:7], "answer")
+    inputs = inputs_of(processor, examples[3:7], "answer")
     noise, caches, ids = 1 - torch.rand(4, 3, 6, generator=torch.Generator().manual_seed(0)), [], []
     for kind in (train_grpo.SamplingCache, train_grpo.DynamicCache):
         monkeypatch.setattr(train_grpo, "SamplingCache", lambda config, kind=kind: caches.append(kind(config=config)) or caches[-1])
@@ -124,7 +124,7 @@ def test_the_cache_lies_in_the_type_that_attention_computes_in(toy_model, exampl
 
 def test_first_tokens_follow_the_softmax(toy_model, examples):
     model, processor = toy_model
-    inputs, _ = make_batch(processor, examples[:1], "answer")
+    inputs = inputs_of(processor, examples[:1], "answer")
     N, T = 20_000, 0.5
     noise = 1 - torch.rand(1, N, 1, generator=torch.Generator().manual_seed(0))
     ids, _ = sample(model, inputs, [0], 1, T, noise)
@@ -145,7 +145,7 @@ def test_draw_inverts_the_cumulative_probability():
 def test_the_policy_that_samples_is_the_policy_that_is_scored(toy_model, examples):
     """Each token is what its uniform number picks from the plain model's distribution, padded prompts or not."""
     model, processor = toy_model
-    inputs, _ = make_batch(processor, examples[4:7], "answer")
+    inputs = inputs_of(processor, examples[4:7], "answer")
     assert not inputs["attention_mask"].all()
     noise = 1 - torch.rand(3, 2, 6, generator=torch.Generator().manual_seed(0))
     ids, mask = sample(model, inputs, [0], 6, 0.8, noise)
@@ -162,7 +162,7 @@ def test_the_policy_that_samples_is_the_policy_that_is_scored(toy_model, example
 
 def test_greedy_equals_the_models_own_generate(toy_model, examples):
     model, processor = toy_model
-    inputs, _ = make_batch(processor, examples[3:7], "answer")
+    inputs = inputs_of(processor, examples[3:7], "answer")
     assert not inputs["attention_mask"].all()
     ids, _ = sample(model, inputs, [0], 12)
     plain = dict(do_sample=False, temperature=None, top_p=None, top_k=None, repetition_penalty=1.0)
@@ -173,7 +173,7 @@ def test_greedy_equals_the_models_own_generate(toy_model, examples):
 
 def test_a_completion_ends_at_its_first_eos_whichever_it_is(toy_model, examples):
     model, processor = toy_model
-    inputs, _ = make_batch(processor, examples[:2], "answer")
+    inputs = inputs_of(processor, examples[:2], "answer")
     noise = 1 - torch.rand(2, 8, 30, generator=torch.Generator().manual_seed(0))
     eos = list(range(0, 600, 20))
     ids, mask = sample(model, inputs, eos, 30, 1.0, noise)
@@ -190,7 +190,7 @@ def test_a_completion_ends_at_its_first_eos_whichever_it_is(toy_model, examples)
 
 def test_sampling_stops_when_all_have_ended(toy_model, examples):
     model, processor = toy_model
-    inputs, _ = make_batch(processor, examples[:1], "answer")
+    inputs = inputs_of(processor, examples[:1], "answer")
     ids, mask = sample(model, inputs, list(range(len(processor.tokenizer))), 30)
     assert ids.shape == (1, 1, 1) and mask.all()
 
@@ -374,6 +374,40 @@ def test_metrics_checkpoints_and_evaluation(folder, tmp_path):
     assert not (tmp_path / "run" / "partial").exists()
 
 
+def test_a_clip_that_cannot_be_read_stops_the_run_or_is_skipped_and_counted(folder, tmp_path, capsys, reward_by_length):
+    shutil.copytree(folder / "train", tmp_path / "train")
+    rows = [json.loads(line) for line in open(folder / "train.jsonl")][:3]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    bad = tmp_path / rows[1]["audio"]
+    bad.write_text("not a sound")
+    flags = dict(data=str(tmp_path / "train.jsonl"), prompts_per_step=3, max_steps=1)
+    with pytest.raises(BadInput, match=f"train.jsonl:2: {bad}: cannot be read as audio"):
+        train(config(folder, tmp_path / "stops", **flags))
+    train(config(folder, tmp_path / "skips", skip_bad_audio=True, **flags))
+    assert metrics(tmp_path / "skips")[0]["clips_skipped"] == pytest.approx(1 / 3, abs=1e-6)
+    assert f"skipped: {tmp_path}/train.jsonl:2: {bad}" in capsys.readouterr().out
+
+    # the run is that of a file in which the next row stands where the bad one stood
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(rows[i]) + "\n" for i in (0, 2, 2)))
+    train(config(folder, tmp_path / "other", **flags | dict(data=str(tmp_path / "other.jsonl"))))
+    assert_same_metrics(metrics(tmp_path / "skips"), [line | {"clips_skipped": 1 / 3} for line in metrics(tmp_path / "other")])
+    for row in rows:
+        (tmp_path / row["audio"]).write_text("not a sound")
+    with pytest.raises(BadInput, match="cannot be read as audio"):  # none is left to stand in
+        train(config(folder, tmp_path / "none", skip_bad_audio=True, **flags))
+
+
+def test_a_held_out_clip_that_cannot_be_read_stops_the_run_or_counts_as_wrong(folder, tmp_path):
+    (tmp_path / "bad.wav").write_text("not a sound")
+    row = json.loads(open(folder / "test.jsonl").readline()) | {"audio": str(tmp_path / "bad.wav")}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row))
+    flags = dict(eval_data=str(tmp_path / "test.jsonl"), max_steps=1)
+    with pytest.raises(BadInput, match="test.jsonl:1: .*bad.wav: cannot be read as audio"):
+        train(config(folder, tmp_path / "stops", **flags))
+    train(config(folder, tmp_path / "skips", skip_bad_audio=True, **flags))
+    assert metrics(tmp_path / "skips")[0]["eval_accuracy"] == 0
+
+
 def test_the_same_seed_gives_the_same_run(folder, tmp_path):
     for name in ("a", "b"):
         train(config(folder, tmp_path / name))
@@ -425,6 +459,6 @@ def test_a_folder_that_holds_a_run_is_refused(folder, tmp_path):
 
 def test_policy_scores_at_its_temperature(toy_model, examples):
     model, processor = toy_model
-    inputs, _ = make_batch(processor, examples[:1], "answer")
+    inputs = inputs_of(processor, examples[:1], "answer")
     ids, mask = pad(random_completions(model, [[3, 2]]))
     assert torch.equal(Policy(model, 0.5)(inputs, ids, mask), shared_prompt_logps(model, inputs, ids, mask, 0.5))
