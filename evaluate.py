@@ -335,7 +335,8 @@ def settings(config: Config, prompt: str) -> dict:
 
 def evaluate_checkpoints(config: Config, accelerator: Accelerator, examples: list[Example]) -> None:
     """Evaluate each complete checkpoint of a run that has no results yet, then show the curve."""
-    paths = glob.glob(os.path.join(glob.escape(config.checkpoints), "checkpoint-*", "config.json"))  # the last to be written
+    last = ("config.json", "adapter_config.json")  # to be written: a folder with one is whole
+    paths = [path for name in last for path in glob.glob(os.path.join(glob.escape(config.checkpoints), "checkpoint-*", name))]
     paths = {int(path.split("-")[-1]): path for path in map(os.path.dirname, paths) if re.search(r"-\d+$", path)}
     if not paths:
         raise BadInput(f"--checkpoints {config.checkpoints}: holds no complete checkpoint-N")

@@ -39,7 +39,7 @@ from transformers.hf_argparser import HfArg
 
 from data import BadInput, Example, completion_mask, decode, eos_tokens, take
 from rewards import accuracy_reward, format_reward
-from train_sft import check_at_least, load_model, next_batch, parse, run, save_model, set_trainable, start, write_metrics
+from train_sft import check_at_least, load_frozen, load_policy, merge, next_batch, parse, run, save_model, start, write_metrics
 
 
 @dataclass
@@ -65,6 +65,13 @@ class Config:
     save_every: int = HfArg(default=100, help="steps between checkpoints")
     seed: int = HfArg(default=42, help="of data order and sampling")
     freeze_audio_encoder: bool = HfArg(default=False, help="train the language model and the projector only")
+    lora_rank: int = HfArg(default=0, help="train adapters of this rank (LoRA) in place of the weights; 0: train the weights")
+    lora_alpha: float = HfArg(default=32.0, help="what the adapters add is multiplied by alpha / rank")
+    lora_dropout: float = HfArg(default=0.0, help="dropout before the adapters")
+    lora_target: str = HfArg(
+        default="language", help="linear layers with adapters: language, all (the audio encoder's too), or a regular expression"
+    )
+    merge: bool = HfArg(default=False, help="LoRA: also write the final model with its adapters merged, to merged in --output")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations in the backward pass: less memory")
     log_with: str = HfArg(default="", help="tensorboard or wandb, beside metrics.jsonl")
 
@@ -231,16 +238,6 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, epsilon: float, beta: 
     return -mean(torch.min(unclipped, clipped) - beta * kl), mean(kl.detach()), mean((clipped < unclipped).float())
 
 
-def load_reference(config: Config, accelerator: Accelerator):
-    """The frozen pi_ref. Under bf16 its matrices lie in bf16, as autocast would cast them: same KL, half the memory."""
-    model, _ = load_model(config.model, torch.float32)
-    if accelerator.mixed_precision == "bf16":
-        for module in model.modules():
-            if isinstance(module, (nn.Linear, nn.Conv1d)):
-                module.to(torch.bfloat16)
-    return model.to(accelerator.device).eval().requires_grad_(False)
-
-
 def now() -> float:
     """Seconds, after the GPU has done what it was given."""
     if torch.cuda.is_available():
@@ -260,11 +257,11 @@ def train(config: Config) -> None:
     accelerator, examples, eval_examples = start(config)
     device = accelerator.device
 
-    model, processor = load_model(config.model, torch.float32)  # fp32 masters: at lr 1e-6 bf16 loses the updates
-    set_trainable(model, config)
+    model, processor, adapters = load_policy(config, accelerator)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr, weight_decay=0.0)
     policy, optimizer = accelerator.prepare(Policy(model, config.temperature), optimizer)
-    reference = load_reference(config, accelerator) if config.beta else None
+    # the reference: a second model, or under LoRA the policy with its adapters off
+    reference = model if adapters else load_frozen(config, accelerator)[0] if config.beta else None
     eos_ids = eos_tokens(model, processor)
 
     B = config.prompts_per_step // accelerator.num_processes  # prompts of this process
@@ -298,8 +295,8 @@ def train(config: Config) -> None:
 
         # 3. the reference's log-probs
         ref_logp = [None] * len(micro_batches)
-        if reference:
-            with torch.no_grad(), accelerator.autocast():
+        if config.beta:
+            with torch.no_grad(), accelerator.autocast(), adapters.disable_adapter() if adapters else nullcontext():
                 ref_logp = [
                     shared_prompt_logps(reference, take(inputs, rows), ids[rows], mask[rows], config.temperature)
                     for rows in micro_batches
@@ -350,6 +347,10 @@ def train(config: Config) -> None:
             "seconds_score": clock[2] - clock[1],
             "seconds_update": clock[3] - clock[2],
         }
+        if config.prompt == "think":
+            thoughts = processor.tokenizer([o.partition("<answer>")[0] for group in texts for o in group])["input_ids"]
+            thinking = np.mean([len(thought) for thought in thoughts])
+            metrics |= {"thinking_tokens": thinking, "answer_tokens": lengths.mean() - thinking}
         done = step + 1
         if done == config.max_steps and eval_examples:
             metrics["eval_accuracy"] = after = eval_accuracy(accelerator, model, processor, eval_examples, config)
@@ -361,9 +362,11 @@ def train(config: Config) -> None:
         if step % config.save_every == 0:
             show_group(accelerator, step, batch[0], texts[0], rewards[0], advantages[0])
         if done % config.save_every == 0:
-            save_model(accelerator, os.path.join(config.output, f"checkpoint-{done}"), model, processor, config)
+            save_model(accelerator, os.path.join(config.output, f"checkpoint-{done}"), model, processor, config, adapters)
 
-    save_model(accelerator, config.output, model, processor, config)
+    save_model(accelerator, config.output, model, processor, config, adapters)
+    if config.merge and accelerator.is_main_process:
+        merge(config.output, os.path.join(config.output, "merged"))
     if eval_examples:
         accelerator.print(f"held-out accuracy: {before:.1%} before, {after:.1%} after {config.max_steps} steps")
     accelerator.print(f"the model is in {config.output}, its curves in {config.output}/metrics.jsonl")

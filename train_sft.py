@@ -1,7 +1,7 @@
 """Supervised fine-tuning, the baseline of R1-AQA (arXiv 2503.11197), and what every training run here needs.
 
     accelerate launch --mixed_precision bf16 train_sft.py \\
-        --model Qwen/Qwen2-Audio-7B-Instruct --data avqa_train.jsonl --output runs/sft
+        --model Qwen/Qwen2-Audio-7B-Instruct --data avqa_train.jsonl --output runs/sft            # or: --lora_rank 16
 
 The loss is the mean of -log pi(token | audio, prompt, tokens before) over all answer tokens of a step. The log-probs are
 GRPO's, with a group of one: same prompts, same data order, same flags where they mean the same.
@@ -10,10 +10,12 @@ GRPO's, with a group of one: same prompts, same data order, same flags where the
 import json
 import math
 import os
+import re
+import shutil
 import sys
 import time
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
@@ -43,8 +45,15 @@ class Config:
     epochs: float = HfArg(default=1.0, help="passes over the data, where --max_steps does not say")
     max_steps: int = HfArg(default=0, help="optimizer steps; 0: as --epochs says")
     save_every: int = HfArg(default=100, help="steps between checkpoints")
-    seed: int = HfArg(default=42, help="of data order")
+    seed: int = HfArg(default=42, help="of data order and new adapters")
     freeze_audio_encoder: bool = HfArg(default=False, help="train the language model and the projector only")
+    lora_rank: int = HfArg(default=0, help="train adapters of this rank (LoRA) in place of the weights; 0: train the weights")
+    lora_alpha: float = HfArg(default=32.0, help="what the adapters add is multiplied by alpha / rank")
+    lora_dropout: float = HfArg(default=0.0, help="dropout before the adapters")
+    lora_target: str = HfArg(
+        default="language", help="linear layers with adapters: language, all (the audio encoder's too), or a regular expression"
+    )
+    merge: bool = HfArg(default=False, help="LoRA: also write the final model with its adapters merged, to merged in --output")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations in the backward pass: less memory")
     log_with: str = HfArg(default="", help="tensorboard or wandb, beside metrics.jsonl")
 
@@ -101,6 +110,11 @@ def start(config) -> tuple[Accelerator, list[Example], list[Example]]:
     if not config.data:
         raise BadInput("--data is missing: the file of training questions")
     check_at_least(config, prompts_per_step=1, micro_batch=1, save_every=1, eval_every=1, max_new_tokens=1, lr=0, seed=0)
+    check_at_least(config, lora_rank=0, lora_alpha=0, lora_dropout=0)
+    if config.merge and not config.lora_rank:
+        raise BadInput("--merge is for LoRA, and --lora_rank is 0: there are no adapters to merge")
+    if config.freeze_audio_encoder and config.lora_rank and config.lora_target == "all":
+        raise BadInput("--freeze_audio_encoder and --lora_target all contradict each other")
     if config.prompts_per_step % (accelerator.num_processes * config.micro_batch):
         share = f"{accelerator.num_processes} process(es) x --micro_batch {config.micro_batch}"
         raise BadInput(f"--prompts_per_step {config.prompts_per_step} does not divide by {share}")
@@ -124,7 +138,16 @@ def start(config) -> tuple[Accelerator, list[Example], list[Example]]:
 
 
 def load_model(path: str, dtype="auto"):
-    """A Qwen2-Audio model, known by its config and not by its name, and its processor."""
+    """A Qwen2-Audio model, known by its config and not by its name, and its processor. A LoRA adapter comes with its base."""
+    if base := base_of_adapter(path):
+        from peft import PeftModel
+
+        model, processor = load_model(base, dtype)
+        try:
+            PeftModel.from_pretrained(model, path)  # which puts the adapters into `model` itself
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise BadInput(f"{path}: cannot load the adapters ({str(error).strip().splitlines()[0]})") from None
+        return model, processor
     try:
         kind = AutoConfig.from_pretrained(path).model_type
         if kind != "qwen2_audio":
@@ -138,12 +161,55 @@ def load_model(path: str, dtype="auto"):
     return model, processor
 
 
-def set_trainable(model, config) -> None:
-    """Which weights learn, and whether activations are kept or computed again."""
-    if config.freeze_audio_encoder:
-        model.model.audio_tower.requires_grad_(False)
+def base_of_adapter(path: str) -> str | None:
+    """The model that a folder of LoRA adapters belongs to; None if it is no such folder."""
+    try:
+        with open(os.path.join(path, "adapter_config.json")) as file:
+            return json.load(file)["base_model_name_or_path"]
+    except OSError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        raise BadInput(f"{path}/adapter_config.json: names no base model") from None
+
+
+def load_frozen(config, accelerator: Accelerator):
+    """A model to compute with and not to train. Under bf16 its matrices lie in bf16, as autocast would cast them; the rest in fp32."""
+    model, processor = load_model(config.model)
+    for module in model.modules():
+        if not list(module.children()):
+            is_matrix = isinstance(module, (torch.nn.Linear, torch.nn.Conv1d))
+            module.to(torch.bfloat16 if is_matrix and accelerator.mixed_precision == "bf16" else torch.float32)
+    return model.to(accelerator.device).eval().requires_grad_(False), processor
+
+
+def load_policy(config, accelerator: Accelerator):
+    """The model to train, its processor, and under LoRA peft's view of it, which saves the adapters and turns them off."""
+    if base_of_adapter(config.model):
+        raise BadInput(f"{config.model}: holds LoRA adapters; train on from a merged model (--merge)")
+    adapters = None
+    if config.lora_rank:
+        model, processor = load_frozen(config, accelerator)
+        adapters = add_lora(model, config)
+    else:
+        model, processor = load_model(config.model, torch.float32)  # fp32 masters: at lr 1e-6 bf16 loses the updates
+        model.model.audio_tower.requires_grad_(not config.freeze_audio_encoder)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model, processor, adapters
+
+
+def add_lora(model, config):
+    """Put adapters, in fp32, into the model itself; the rest of it is frozen."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = {"language": r"model\.language_model\..*_proj", "all": r"model\.(language_model|audio_tower)\..*(_proj|fc1|fc2)"}
+    target = targets.get(config.lora_target, config.lora_target)
+    settings = dict(r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=target)
+    torch.manual_seed(config.seed)  # half of each adapter starts random
+    try:
+        return get_peft_model(model, LoraConfig(**settings))
+    except (ValueError, re.error) as error:
+        raise BadInput(f"--lora_target {config.lora_target}: {str(error).splitlines()[0]}") from None
 
 
 def next_batch(accelerator: Accelerator, processor, examples: list[Example], config, step: int):
@@ -181,21 +247,47 @@ def write_metrics(accelerator: Accelerator, config, step: int, metrics: dict) ->
     return metrics
 
 
-def save_model(accelerator: Accelerator, folder: str, model, processor, config) -> None:
-    """What `from_pretrained` loads, and the settings (run.json). config.json comes last: a folder with one is whole."""
+@contextmanager
+def written_aside(folder: str):
+    """A folder to write a model into; its files then move to `folder`, the one that makes it loadable last."""
+    aside = os.path.join(folder, "partial")
+    yield aside
+    for name in sorted(os.listdir(aside), key=lambda name: name in ("config.json", "adapter_config.json")):
+        os.replace(os.path.join(aside, name), os.path.join(folder, name))
+    os.rmdir(aside)
+
+
+def save_model(accelerator: Accelerator, folder: str, model, processor, config, adapters=None) -> None:
+    """What `from_pretrained` loads (peft's, for adapters), and the settings (run.json)."""
     if accelerator.is_main_process:
-        dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-        aside = os.path.join(folder, "partial")
-        model.save_pretrained(aside, state_dict={k: w.to("cpu", dtype) for k, w in model.state_dict().items()})
-        processor.save_pretrained(aside)
-        with open(os.path.join(aside, "run.json"), "w") as file:
-            json.dump(asdict(config), file, indent=2)
-        model.config.dtype = dtype  # as the weights are stored, not as they were trained
-        model.config.save_pretrained(aside)
-        for name in sorted(os.listdir(aside), key=lambda name: name == "config.json"):
-            os.replace(os.path.join(aside, name), os.path.join(folder, name))
-        os.rmdir(aside)
+        with written_aside(folder) as aside:
+            if adapters:
+                adapters.save_pretrained(aside)
+            else:
+                dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+                model.save_pretrained(aside, state_dict={k: w.to("cpu", dtype) for k, w in model.state_dict().items()})
+                model.config.dtype = dtype  # as the weights are stored, not as they were trained
+                model.config.save_pretrained(aside)
+            processor.save_pretrained(aside)
+            with open(os.path.join(aside, "run.json"), "w") as file:
+                json.dump(asdict(config), file, indent=2)
     accelerator.wait_for_everyone()
+
+
+def merge(adapter: str, folder: str) -> None:
+    """Write the plain model that adapters and their base make, in the base's own type."""
+    base = base_of_adapter(adapter)
+    if not base:
+        raise BadInput(f"{adapter}: holds no LoRA adapters")
+    from peft import PeftModel
+
+    dtype = AutoConfig.from_pretrained(base).dtype
+    model, processor = load_model(base, torch.float32)  # a sum in bf16 would lose what little the adapters add
+    model = PeftModel.from_pretrained(model, adapter).merge_and_unload().to(dtype)
+    with written_aside(folder) as aside:
+        model.save_pretrained(aside)
+        processor.save_pretrained(aside)
+        shutil.copy(os.path.join(adapter, "run.json"), aside)
 
 
 # -------------------------------------------------------------------------------------------- supervised fine-tuning
@@ -220,8 +312,7 @@ def train(config: Config) -> None:
     if max_steps < 1:
         raise BadInput("nothing to do: --max_steps or --epochs must be above 0")
     device = accelerator.device
-    model, processor = load_model(config.model, torch.float32)  # fp32 masters, as in train_grpo.py
-    set_trainable(model, config)
+    model, processor, adapters = load_policy(config, accelerator)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr, weight_decay=0.0)
     policy, optimizer = accelerator.prepare(Policy(model), optimizer)
 
@@ -261,9 +352,11 @@ def train(config: Config) -> None:
         metrics = write_metrics(accelerator, config, step, metrics)
         bar.set_postfix_str(f"loss {metrics['loss']:.3f} {metrics['seconds']:.2f} s/step")
         if done % config.save_every == 0:
-            save_model(accelerator, os.path.join(config.output, f"checkpoint-{done}"), model, processor, config)
+            save_model(accelerator, os.path.join(config.output, f"checkpoint-{done}"), model, processor, config, adapters)
 
-    save_model(accelerator, config.output, model, processor, config)
+    save_model(accelerator, config.output, model, processor, config, adapters)
+    if config.merge and accelerator.is_main_process:
+        merge(config.output, os.path.join(config.output, "merged"))
     accelerator.print(f"the model is in {config.output}, its curves in {config.output}/metrics.jsonl")
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -18,6 +18,7 @@ import evaluate
 from data import BadInput, load_examples
 from evaluate import judge, predict
 from rewards import extract_answer, mmau_match, paired_difference, wilson_interval
+from train_sft import Config, train
 
 
 def run_evaluate(monkeypatch, *flags):
@@ -297,6 +298,18 @@ def test_two_files_are_compared_row_by_row(tmp_path, monkeypatch, capsys):
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints
+
+
+def test_adapters_are_evaluated_as_they_are(folder, tmp_path, monkeypatch, flags):
+    settings = dict(model=str(folder / "model"), data=str(folder / "train.jsonl"), prompts_per_step=4, max_steps=4, lr=1e-2)
+    train(Config(**settings, lora_rank=4, save_every=2, merge=True, output=str(tmp_path / "run")))
+    for name in ("", "merged", "checkpoint-2"):
+        run_evaluate(monkeypatch, *flags, "--model", tmp_path / "run" / name, "--output", tmp_path / f"eval {name}")
+    run_evaluate(monkeypatch, *flags)
+    base, adapted, merged, half = (read(tmp_path, name, "predictions.json") for name in ("eval", "eval ", "eval merged", "eval checkpoint-2"))
+    assert adapted == merged != base != half
+    run_evaluate(monkeypatch, *flags[2:4], "--max_new_tokens", 4, "--checkpoints", tmp_path / "run")
+    assert read(tmp_path, "run", "eval", "checkpoint-2", "predictions.json") == half
 
 
 def test_every_checkpoint_not_yet_done_is_evaluated(folder, tmp_path, monkeypatch, flags, capsys):

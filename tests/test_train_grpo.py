@@ -252,7 +252,7 @@ def metrics(output):
 def weights(output):
     from safetensors.torch import load_file
 
-    return load_file(output / "model.safetensors")
+    return load_file(output / ("adapter_model.safetensors" if (output / "adapter_config.json").exists() else "model.safetensors"))
 
 
 def assert_same_metrics(one, two):
@@ -299,9 +299,10 @@ def launch_training(settings, **options):
     )
 
 
-def test_two_processes_make_the_same_update(folder, tmp_path, reward_by_length):
+@pytest.mark.parametrize("lora_rank", [0, 4], ids=["all weights", "LoRA"])
+def test_two_processes_make_the_same_update(folder, tmp_path, reward_by_length, lora_rank):
     (tmp_path / "odd.jsonl").write_text("".join(open(folder / "test.jsonl").readlines()[:11]))  # divides by no two
-    settings = dict(lr=0.1, eval_data=str(tmp_path / "odd.jsonl"), audio_dir=str(folder), eval_every=1)
+    settings = dict(lr=0.1, lora_rank=lora_rank, eval_data=str(tmp_path / "odd.jsonl"), audio_dir=str(folder), eval_every=1)
     train(config(folder, tmp_path / "one", **settings))
     launch_training(config(folder, tmp_path / "two", **settings))
     assert all(0 < line["eval_accuracy"] < 1 for line in metrics(tmp_path / "one"))
@@ -334,9 +335,49 @@ def test_the_second_update_of_a_rollout_is_off_policy(folder, tmp_path, reward_b
 
 
 def test_no_kl_loads_no_reference(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("train_grpo.load_reference", lambda *_: pytest.fail("loaded a reference"))
+    monkeypatch.setattr("train_grpo.load_frozen", lambda *_: pytest.fail("loaded a reference"))
     train(config(folder, tmp_path / "run", beta=0.0, max_steps=1))
     assert metrics(tmp_path / "run")[0]["kl"] == 0
+
+
+def test_under_lora_the_reference_is_the_policy_with_its_adapters_off(folder, tmp_path, monkeypatch, reward_by_length):
+    """The same KL as against a model loaded apart, and the policy scored with its adapters on."""
+    seen, plain = [], shared_prompt_logps
+
+    def spy(model, inputs, ids, mask, temperature):
+        logp = plain(model, inputs, ids, mask, temperature)
+        seen.append((logp.detach(), torch.is_grad_enabled(), (inputs, ids, mask, temperature)))
+        return logp
+
+    monkeypatch.setattr("train_grpo.load_frozen", lambda *_: pytest.fail("loaded a reference"))
+    monkeypatch.setattr("train_grpo.shared_prompt_logps", spy)
+    train(config(folder, tmp_path / "run", lora_rank=4, lr=1.0, max_steps=3, micro_batch=4))
+    lines = metrics(tmp_path / "run")
+    assert lines[0]["kl"] == 0 and lines[2]["kl"] > 1e-4
+    base, _ = load_model(str(folder / "model"), torch.float32)
+    assert [graded for _, graded, _ in seen] == [False, True] * 3
+    for reference, policy in zip(seen[::2], seen[1::2]):
+        assert torch.equal(reference[0], plain(base, *reference[2]).detach())
+    assert not torch.equal(seen[4][0], seen[5][0])
+
+
+def test_lora_under_bf16_starts_at_the_reference_and_keeps_fp32_adapters(folder, tmp_path, reward_by_length):
+    launch_training(config(folder, tmp_path / "run", lora_rank=4, lr=1.0, max_steps=3), precision="bf16")
+    lines = metrics(tmp_path / "run")
+    assert lines[0]["kl"] == 0 < lines[-1]["kl"]
+    assert {weight.dtype for weight in weights(tmp_path / "run").values()} == {torch.float32}
+
+
+def test_metrics_tell_thinking_from_answering(folder, tmp_path, monkeypatch):
+    """By text: what comes before the answer block is thinking, the rest (and the end of the turn) is the answer."""
+    _, processor = load_model(str(folder / "model"))
+    texts = ["<think>up down</think><answer>up</answer>", "<think>up</think>", "<answer>up</answer>", "up"]
+    lengths = [len(ids) for ids in processor.tokenizer(["<think>up down</think>", "<think>up</think>", "", "up"])["input_ids"]]
+    monkeypatch.setattr("train_grpo.decode", lambda *_: [texts] * 4)
+    train(config(folder, tmp_path / "run", prompt="think", max_steps=1))
+    (line,) = metrics(tmp_path / "run")
+    assert line["thinking_tokens"] == pytest.approx(np.mean(lengths), rel=1e-5) and lengths[2] == 0 < lengths[1] < lengths[0]
+    assert line["thinking_tokens"] + line["answer_tokens"] == pytest.approx(line["completion_tokens"], rel=1e-5)
 
 
 def test_frozen_encoder_stays_and_the_rest_moves(folder, tmp_path, reward_by_length):

@@ -1,13 +1,16 @@
 import json
+import re
+import shutil
 
 import pytest
 import torch
 from launch import as_flags, launch
-from oracle import prompt_alone
+from oracle import inputs_of, prompt_alone
+from peft import PeftModel
 from safetensors.torch import load_file
 
 from data import BadInput
-from train_sft import Config, answer_batch, train
+from train_sft import Config, answer_batch, load_model, merge, train
 
 
 def config(folder, output, **flags):
@@ -31,6 +34,22 @@ def test_loss_is_the_models_own_on_the_answer_tokens(folder, tmp_path, toy_model
     labels = torch.cat([torch.full_like(inputs["input_ids"], -100), answer], 1)
     own = model(**inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, labels=labels).loss
     assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(own.item(), abs=1e-5)
+
+
+def test_a_steps_loss_is_the_mean_over_all_its_answer_tokens(folder, tmp_path, toy_model, examples, monkeypatch):
+    """Of answers of unequal length, in micro-batches: each token counts once, as in a plain loop with no padding."""
+    model, processor = toy_model
+    monkeypatch.setattr("train_sft.stream_indices", lambda *_: [0, 1, 2, 3, 4, 5])
+    train(config(folder, tmp_path / "run", prompts_per_step=6, micro_batch=2, max_steps=1))
+    losses = []
+    for example in examples[:6]:
+        inputs = prompt_alone(processor, example)
+        answer = processor.tokenizer(f"<answer>{example.answer}</answer><|im_end|>", return_tensors="pt")["input_ids"]
+        ids = torch.cat([inputs["input_ids"], answer], 1)
+        logits = model(**inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits[0, -answer.shape[1] - 1 : -1]
+        losses += torch.nn.functional.cross_entropy(logits, answer[0], reduction="none").tolist()
+    assert len({len(example.answer) for example in examples[:6]}) > 1
+    assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
 
 
 def test_targets_end_as_a_turn_ends(toy_model, examples):
@@ -85,3 +104,109 @@ def test_epochs_say_how_many_steps(folder, tmp_path, epochs, steps):
 def test_thoughts_cannot_be_imitated(folder, tmp_path):
     with pytest.raises(BadInput, match="no thoughts to imitate"):
         train(config(folder, tmp_path / "run", prompt="think"))
+
+
+# ------------------------------------------------------------------------------------------------------------ LoRA
+
+
+@pytest.fixture(scope="module")
+def lora(folder, tmp_path_factory):
+    """Adapters that have learned something, and the merged model beside them."""
+    output = tmp_path_factory.mktemp("lora") / "run"
+    train(config(folder, output, lora_rank=4, lr=1e-2, max_steps=4, merge=True))
+    return output
+
+
+def logits(model, inputs):
+    return model(**inputs).logits.detach()
+
+
+def test_adapters_off_is_the_base_to_the_bit(folder, lora, toy_model, examples):
+    base, processor = toy_model
+    inputs = inputs_of(processor, examples[:3])
+    model = PeftModel.from_pretrained(load_model(str(folder / "model"), torch.float32)[0], lora).eval()
+    assert (logits(model, inputs) - logits(base, inputs)).abs().max() > 0.1  # it has learned
+    with model.disable_adapter():
+        assert torch.equal(logits(model, inputs), logits(base, inputs))
+
+
+def test_merged_equals_unmerged_and_peft_loads_what_we_do(folder, lora, examples):
+    adapted, processor = load_model(str(lora))
+    merged, _ = load_model(str(lora / "merged"))
+    by_peft = PeftModel.from_pretrained(load_model(str(folder / "model"), torch.float32)[0], lora)
+    inputs = inputs_of(processor, examples[:3])
+    assert not any("lora" in name for name in merged.state_dict())
+    assert torch.allclose(logits(merged.eval(), inputs), logits(adapted.eval(), inputs), atol=1e-4)
+    assert torch.equal(logits(by_peft.eval(), inputs), logits(adapted, inputs))
+
+
+def test_only_adapters_of_the_language_model_are_kept(lora):
+    names = load_file(lora / "adapter_model.safetensors").keys()
+    layers = {re.search(r"language_model\.layers\.\d+\.\w+\.(\w+)\.lora_[AB]\.weight", name)[1] for name in names}
+    assert layers == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert not (lora / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("target, found", [("all", "q_proj k_proj v_proj out_proj fc1 fc2"), (r".*multi_modal_projector\.linear", "linear")])
+def test_adapters_go_where_they_are_told(folder, tmp_path, target, found):
+    train(config(folder, tmp_path / "run", lora_rank=2, lora_target=target, max_steps=1))
+    names = [name for name in load_file(tmp_path / "run" / "adapter_model.safetensors") if "language_model" not in name]
+    assert {name.split(".")[-3] for name in names} == set(found.split())
+
+
+def test_lora_learns_by_heart(folder, tmp_path):
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(open(folder / "train.jsonl").readlines()[:2]))
+    flags = dict(data=str(few), audio_dir=str(folder), lr=2e-2, max_steps=60, micro_batch=4, lora_rank=8, lora_dropout=0.05)
+    train(config(folder, tmp_path / "run", **flags))
+    lines = metrics(tmp_path / "run")
+    assert lines[0]["loss"] > 3 and lines[-1]["loss"] < 1
+
+
+def test_the_same_seed_makes_the_same_adapters(folder, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(config(folder, tmp_path / name, lora_rank=2, max_steps=1, lr=0.0, seed=seed))
+    a, b, c = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a) and not all(torch.equal(a[name], c[name]) for name in a)
+
+
+def test_a_merged_model_keeps_the_type_of_its_base(folder, lora, tmp_path):
+    base, processor = load_model(str(folder / "model"), torch.bfloat16)
+    base.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    shutil.copytree(lora, tmp_path / "run")
+    settings = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    (tmp_path / "run" / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": str(tmp_path / "base")}))
+    merge(str(tmp_path / "run"), str(tmp_path / "merged"))
+    assert {weight.dtype for weight in load_file(tmp_path / "merged" / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "merged" / "run.json").read_text())["prompt"] == "answer"
+
+
+BAD = {
+    "merge without LoRA": (dict(merge=True), "no adapters to merge"),
+    "negative rank": (dict(lora_rank=-1), "--lora_rank must be at least 0"),
+    "target matches nothing": (dict(lora_rank=2, lora_target="nothing"), "--lora_target nothing: "),
+    "target is no expression": (dict(lora_rank=2, lora_target="("), "--lora_target [(]: "),
+    "frozen and not": (dict(lora_rank=2, lora_target="all", freeze_audio_encoder=True), "contradict each other"),
+}
+
+
+@pytest.mark.parametrize("flags, says", BAD.values(), ids=BAD)
+def test_bad_lora_flags_are_refused(folder, tmp_path, flags, says):
+    with pytest.raises(BadInput, match=says):
+        train(config(folder, tmp_path / "run", **flags))
+
+
+def test_adapters_that_cannot_be_loaded_are_refused(folder, lora, tmp_path):
+    with pytest.raises(BadInput, match="holds LoRA adapters; train on from a merged model"):
+        train(config(folder, tmp_path / "run", model=str(lora)))
+    (tmp_path / "no base").mkdir()
+    (tmp_path / "no base" / "adapter_config.json").write_text("{}")
+    with pytest.raises(BadInput, match="names no base model"):
+        load_model(str(tmp_path / "no base"))
+    shutil.copytree(lora, tmp_path / "damaged")
+    (tmp_path / "damaged" / "adapter_model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(BadInput, match="damaged: cannot load the adapters"):
+        load_model(str(tmp_path / "damaged"))
+    with pytest.raises(BadInput, match="holds no LoRA adapters"):
+        merge(str(lora / "merged"), str(tmp_path / "merged"))
