@@ -30,7 +30,7 @@ from data import PROMPTS, SAMPLE_RATE, BadInput, Example, check_audio, completio
 from data import load_audio, load_examples, make_batch, read_rows, to_example, write_whole
 from rewards import extract_answer, format_reward, mmau_match, paired_difference, wilson_interval
 from train_grpo import sample
-from train_sft import check_at_least, load_model, make_folder, parse, run
+from training import check_at_least, load_model, make_folder, parse, run
 
 GROUPS = ("task", "difficulty", "sub-category", "modality")  # keys of MMAU and, the last, of MMAR
 

@@ -1,6 +1,7 @@
 """The offline stand-in: synthetic questions about synthetic sounds, and a tiny Qwen2-Audio to answer them.
 
-    python toy.py        # writes runs/toy: wav files, train.jsonl, test.jsonl, and base, a model right about half of the time
+    python toy.py            # writes runs/toy: wav files, train.jsonl, test.jsonl, and base, a model right about half of the time
+    python toy.py compare    # the paper's comparison on it: SFT and GRPO, all weights and LoRA, with and without thinking
 
 The files are of the kinds that the real run reads, and the model is a real Qwen2-Audio of 1.0 M parameters with a window
 of 2 s, so everything downstream is the real code. Questions are of MMAU's three tasks, two kinds each.
@@ -14,6 +15,7 @@ import sys
 
 import numpy as np
 import soundfile
+import soxr
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -29,7 +31,7 @@ from transformers import (
 )
 
 from data import PROMPTS, SAMPLE_RATE, BadInput
-from train_sft import run
+from training import run
 
 FOLDER = "runs/toy"
 SECONDS = 2
@@ -116,8 +118,19 @@ KINDS = {  # kind: task, ways to ask, answers
 }  # fmt: skip
 
 
-def make_question(kind: str, rng) -> tuple[dict, np.ndarray]:
-    """A row in the project's own format, without its audio, and the clip."""
+REPHRASED = {  # in words that training does not use
+    "source": ["Can you tell where this noise comes from?"],
+    "count": ["What is the number of short signals?"],
+    "melody": ["In which direction does the tune go?"],
+    "instrument": ["Name the thing these tones are made with."],
+    "vowel": ["Tell me the letter that the person says."],
+    "intonation": ["Describe how the speaker's pitch goes."],
+}
+SHIFTS = ["slow", "fast", "noisy", "rephrased"]  # longer and lower, shorter and higher, 12 dB more noise, other words
+
+
+def make_question(kind: str, rng, shift: str = "") -> tuple[dict, np.ndarray]:
+    """A row in the project's own format, without its audio, and the clip; with a shift, unlike any in training."""
     task, ways, answers = KINDS[kind]
     choices = [str(c) for c in rng.permutation(answers)[:4]]
     answer = choices[rng.integers(4)]
@@ -133,18 +146,21 @@ def make_question(kind: str, rng) -> tuple[dict, np.ndarray]:
         clip = melody(*(answer, other("instrument")) if kind == "melody" else (other("melody"), answer), rng)
     else:
         clip = voice(*(answer, other("intonation")) if kind == "vowel" else (other("vowel"), answer), rng)
-    clip = clip / np.abs(clip).max() + 0.02 * rng.standard_normal(len(clip))
-    question = str(rng.choice(ways))
-    return {"question": question, "choices": choices, "answer": answer, "task": task, "kind": kind}, clip * rng.uniform(0.2, 0.8)
+    if shift in ("slow", "fast"):  # a fifth
+        clip = soxr.resample(clip, SAMPLE_RATE, SAMPLE_RATE * (1.2 if shift == "slow" else 1 / 1.2))
+    clip = clip / np.abs(clip).max() + (0.08 if shift == "noisy" else 0.02) * rng.standard_normal(len(clip))
+    question = str(rng.choice(REPHRASED[kind] if shift == "rephrased" else ways))
+    row = {"question": question, "choices": choices, "answer": answer, "task": task, "kind": kind}
+    return row | ({"shift": shift} if shift else {}), clip * rng.uniform(0.2, 0.8)
 
 
-def make_data(folder: str, split: str, n: int, seed: int) -> None:
+def make_data(folder: str, split: str, n: int, seed: int, shifts: list[str] = [""]) -> None:
     """n questions as folder/split.jsonl and folder/split/*.wav, the same on every call."""
     os.makedirs(os.path.join(folder, split), exist_ok=True)
     rng = np.random.default_rng(seed)
     with open(os.path.join(folder, f"{split}.jsonl"), "w") as file:
         for i in range(n):
-            row, clip = make_question(list(KINDS)[i % len(KINDS)], rng)
+            row, clip = make_question(list(KINDS)[i % len(KINDS)], rng, shifts[i // len(KINDS) % len(shifts)])
             row = {"id": f"{split}-{i}", "audio": f"{split}/{i:04d}.wav", **row}
             soundfile.write(os.path.join(folder, row["audio"]), clip.astype(np.float32), SAMPLE_RATE)
             file.write(json.dumps(row) + "\n")
@@ -194,6 +210,15 @@ WARMUP = "--lr 7e-4 --max_steps 260 --prompts_per_step 4 --micro_batch 4 --seed 
 GRPO = "--lr 4e-4 --max_steps 400 --max_new_tokens 16 --eval_every 50 --save_every 200"
 
 
+def run_script(name: str, flags: str) -> None:
+    """Run a script of ours in a process of its own, and one only, even where a launcher started several of this one."""
+    launcher = ("ACCELERATE_", "TORCHELASTIC_", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "RANK", "WORLD_SIZE", "OMP_")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(launcher)}
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
+    if subprocess.run([sys.executable, script, *flags.split()], env=environment).returncode:
+        raise BadInput(f"{FOLDER}: {name} failed, as it says above")
+
+
 def make(folder: str = FOLDER) -> None:
     """Data, a random model, and its warm-up by train_sft.py. `base` appears last, and only when it is whole."""
     for name in ("base", "init", "warmup", "train", "test"):
@@ -201,13 +226,7 @@ def make(folder: str = FOLDER) -> None:
     make_data(folder, "train", N_TRAIN, seed=1)
     make_data(folder, "test", N_TEST, seed=2)
     make_model(f"{folder}/init", seed=0)
-    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train_sft.py")
-    flags = f"--model {folder}/init --data {folder}/train.jsonl --output {folder}/warmup {WARMUP}"
-    # a process of its own, and one only, even where a launcher started several of this one
-    launcher = ("ACCELERATE_", "TORCHELASTIC_", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "RANK", "WORLD_SIZE", "OMP_")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(launcher)}
-    if subprocess.run([sys.executable, script, *flags.split()], env=environment).returncode:
-        raise BadInput(f"{folder}: the toy's warm-up by train_sft.py failed, as it says above")
+    run_script("train_sft.py", f"--model {folder}/init --data {folder}/train.jsonl --output {folder}/warmup {WARMUP}")
     os.rename(f"{folder}/warmup", f"{folder}/base")
     shutil.rmtree(f"{folder}/init")
 
@@ -232,5 +251,57 @@ def prepare_run(accelerator: Accelerator) -> list[str]:
     return flags.split()
 
 
+# -------------------------------------------------------------------------------------------------- the comparison
+
+COMPARED = {  # the paper's rows; every run sees 400 x 16 samples
+    "full SFT": ("train_sft.py", "--lr 4e-4", 16),
+    "LoRA SFT": ("train_sft.py", "--lr 3e-3 --lora_rank 16 --lora_target all", 16),
+    "GRPO, answer": ("train_grpo.py", "--lr 4e-4", 16),
+    "GRPO, think": ("train_grpo.py", "--lr 4e-4 --prompt think", 48),
+    "GRPO, answer, LoRA": ("train_grpo.py", "--lr 3e-3 --lora_rank 16 --lora_target all", 16),
+}
+SEEDS = [1, 2, 3]
+
+
+def accuracy(model: str, split: str, output: str, max_new_tokens: int) -> float:
+    """Per cent right by evaluate.py, which is not run again where it has been."""
+    results = f"{output}/{split}/results.json"
+    if not os.path.exists(results):
+        questions = f"--data {FOLDER}/{split}.jsonl --output {output}/{split}"
+        run_script("evaluate.py", f"--model {model} {questions} --max_new_tokens {max_new_tokens}")
+    with open(results) as file:
+        return 100 * json.load(file)["accuracy"]
+
+
+def compare() -> None:
+    """Train each method with each seed from the same base, and print accuracy held out and on a shifted test."""
+    if not os.path.isdir(f"{FOLDER}/base"):
+        make()
+    make_data(FOLDER, "shifted", N_TEST, seed=3, shifts=SHIFTS)
+    base = [accuracy(f"{FOLDER}/base", split, f"{FOLDER}/compare/base", 16) for split in ("test", "shifted")]
+    table = [f"| base | {base[0]:.1f} | {base[1]:.1f} |"]
+    for method, (script, flags, max_new_tokens) in COMPARED.items():
+        scores = {"test": [], "shifted": []}
+        for seed in SEEDS:
+            output = f"{FOLDER}/compare/{method.replace(', ', '-').replace(' ', '-')}-{seed}"
+            if not os.path.exists(f"{output}/run.json"):  # else it was trained before
+                shutil.rmtree(output, ignore_errors=True)
+                data = f"--model {FOLDER}/base --data {FOLDER}/train.jsonl --output {output} --seed {seed}"
+                steps = f"--max_steps 400 --save_every 400 --micro_batch 16 --max_new_tokens {max_new_tokens}"
+                run_script(script, f"{data} {steps} {flags}")
+            for split in scores:
+                scores[split].append(accuracy(output, split, output, max_new_tokens))
+        cells = [f"{np.mean(found):.1f} ({min(found):.1f} to {max(found):.1f})" for found in scores.values()]
+        table.append(f"| {method} | {' | '.join(cells)} |")
+    print(f"\naccuracy in %, mean (range) over seeds {SEEDS}\n\n| | held out | shifted |\n| --- | --- | --- |")
+    print("\n".join(table))
+
+
+def main() -> None:
+    if sys.argv[1:] not in ([], ["compare"]):
+        raise BadInput("toy.py takes nothing, or the word compare")
+    compare() if sys.argv[1:] else make()
+
+
 if __name__ == "__main__":
-    run(make)
+    run(main)

@@ -39,7 +39,7 @@ from transformers.hf_argparser import HfArg
 
 from data import BadInput, Example, completion_mask, decode, eos_tokens, take
 from rewards import accuracy_reward, format_reward
-from train_sft import check_at_least, load_frozen, load_policy, merge, next_batch, parse, run, save_model, start, write_metrics
+from training import check_at_least, load_frozen, load_policy, merge, next_batch, parse, run, save_model, start, write_metrics
 
 
 @dataclass

@@ -7,11 +7,16 @@ from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from accelerate import Accelerator
 
+import evaluate
 import toy
-from data import load_examples
+import train_grpo
+import train_sft
+from data import load_audio, load_examples
+from training import parse
 
 ROOT = Path(__file__).parent.parent
 
@@ -96,3 +101,57 @@ def test_help_explains_every_flag_with_its_default(script):
     flags = re.split(r"\n  (?=--)", done.stdout.split("options:")[1])[1:]
     assert done.returncode == 0 and len(flags) >= 8
     assert all("(default:" in flag for flag in flags), [flag for flag in flags if "(default:" not in flag]
+
+
+def test_shifted_questions_are_unlike_any_in_training(tmp_path):
+    toy.make_data(tmp_path, "plain", 24, seed=3)
+    toy.make_data(tmp_path, "shifted", 24, seed=3, shifts=toy.SHIFTS)
+    plain, shifted = (load_examples(str(tmp_path / f"{split}.jsonl")) for split in ("plain", "shifted"))
+    assert {example.row["shift"] for example in shifted} == set(toy.SHIFTS)
+    asked = {way for _, ways, _ in toy.KINDS.values() for way in ways}
+    for i, example in enumerate(shifted):
+        shift, wave = example.row["shift"], load_audio(example.audio)
+        assert (example.question in asked) == (shift != "rephrased")
+        assert example.answer in toy.KINDS[example.row["kind"]][2]
+        assert {"slow": 22_000 < len(wave), "fast": len(wave) < 27_000}.get(shift, len(wave) <= 32_000)
+        if i == 0:  # drawn alike up to the first shift: the same sound, a fifth longer and as much lower
+            before = load_audio(plain[0].audio)
+            assert len(wave) == pytest.approx(1.2 * len(before), rel=1e-3)
+            peak, peak_before = (np.abs(np.fft.rfft(w)).argmax() / len(w) for w in (wave, before))
+            assert peak == pytest.approx(peak_before / 1.2, rel=0.01)
+
+
+def test_the_comparison_runs_each_method_with_each_seed_and_reuses_what_is_there(tmp_path, monkeypatch, capsys):
+    """With the scripts replaced by what they would leave behind; their flags are parsed by the real settings."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/toy/base").mkdir(parents=True)
+    monkeypatch.setattr(toy, "N_TEST", 24)
+    ran = []
+
+    def run_script(name, flags):
+        module = {"train_sft.py": train_sft, "train_grpo.py": train_grpo, "evaluate.py": evaluate}[name]
+        settings = parse(module.Config, "", flags.split())
+        ran.append((name, settings))
+        os.makedirs(settings.output, exist_ok=True)
+        if name == "evaluate.py":
+            (Path(settings.output) / "results.json").write_text(json.dumps({"accuracy": 0.5 + 0.01 * len(ran)}))
+        else:
+            (Path(settings.output) / "run.json").touch()
+
+    monkeypatch.setattr(toy, "run_script", run_script)
+    toy.compare()
+    trained = [(name, settings) for name, settings in ran if name != "evaluate.py"]
+    assert len(trained) == 15 and len(ran) == 15 + 32
+    assert {(settings.max_steps, settings.prompts_per_step) for _, settings in trained} == {(400, 16)}  # the same samples seen
+    assert [settings.seed for _, settings in trained] == [1, 2, 3] * 5
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0] for row in rows[2:]] == ["| base", *(f"| {method}" for method in toy.COMPARED)]
+    assert rows[2] == "| base | 51.0 | 52.0 |" and rows[3] == "| full SFT | 57.0 (54.0 to 60.0) | 58.0 (55.0 to 61.0) |"
+    before = len(ran)
+    toy.compare()
+    assert len(ran) == before
+
+
+def test_an_unknown_word_is_refused():
+    done = command(ROOT, "toy.py", "compete")
+    assert done.returncode == 1 and done.stderr == "error: toy.py takes nothing, or the word compare\n"

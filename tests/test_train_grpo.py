@@ -12,7 +12,7 @@ from oracle import inputs_of, logps_one_by_one, logps_repeated, pad, prompt_alon
 import train_grpo
 from data import BadInput, decode, eos_tokens, take
 from train_grpo import Config, Policy, draw, group_advantages, grpo_loss, sample, shared_prompt_logps, train
-from train_sft import load_model, parse
+from training import load_model, parse
 
 
 def random_completions(model, lengths, seed=0):
@@ -289,7 +289,7 @@ def launch_training(settings, **options):
     """The same run in two processes."""
     launch(
         "import evaluate, torch, train_grpo\n"
-        "from train_sft import parse\n"
+        "from training import parse\n"
         "train_grpo.accuracy_reward = lambda o, answer, prompt: float(len(o) % 2)\n"
         "evaluate.mmau_match = lambda prediction, answer, choices: len(prediction) % 2\n"
         "torch.optim.AdamW = lambda p, lr, weight_decay: torch.optim.SGD(p, lr)\n"

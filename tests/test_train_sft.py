@@ -10,7 +10,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from data import BadInput
-from train_sft import Config, answer_batch, load_model, merge, train
+from train_sft import Config, answer_batch, train
+from training import load_model, merge
 
 
 def config(folder, output, **flags):
@@ -25,7 +26,7 @@ def metrics(output):
 @pytest.mark.parametrize("prompt", ["plain", "answer"])
 def test_loss_is_the_models_own_on_the_answer_tokens(folder, tmp_path, toy_model, examples, monkeypatch, prompt):
     model, processor = toy_model
-    monkeypatch.setattr("train_sft.stream_indices", lambda *_: [3])
+    monkeypatch.setattr("training.stream_indices", lambda *_: [3])
     train(config(folder, tmp_path / "run", prompts_per_step=1, max_steps=1, prompt=prompt))
     inputs = prompt_alone(processor, examples[3], prompt)
     target = {"plain": "{}<|im_end|>", "answer": "<answer>{}</answer><|im_end|>"}[prompt].format(examples[3].answer)
@@ -39,7 +40,7 @@ def test_loss_is_the_models_own_on_the_answer_tokens(folder, tmp_path, toy_model
 def test_a_steps_loss_is_the_mean_over_all_its_answer_tokens(folder, tmp_path, toy_model, examples, monkeypatch):
     """Of answers of unequal length, in micro-batches: each token counts once, as in a plain loop with no padding."""
     model, processor = toy_model
-    monkeypatch.setattr("train_sft.stream_indices", lambda *_: [0, 1, 2, 3, 4, 5])
+    monkeypatch.setattr("training.stream_indices", lambda *_: [0, 1, 2, 3, 4, 5])
     train(config(folder, tmp_path / "run", prompts_per_step=6, micro_batch=2, max_steps=1))
     losses = []
     for example in examples[:6]:
@@ -75,9 +76,9 @@ def test_two_processes_make_the_same_update(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.optim, "AdamW", lambda p, lr, weight_decay: torch.optim.SGD(p, lr))
     train(config(folder, tmp_path / "one", lr=0.1))
     launch(
-        "import torch, train_sft\n"
+        "import torch, train_sft, training\n"
         "torch.optim.AdamW = lambda p, lr, weight_decay: torch.optim.SGD(p, lr)\n"
-        "train_sft.train(train_sft.parse(train_sft.Config, ''))\n",
+        "train_sft.train(training.parse(train_sft.Config, ''))\n",
         *as_flags(config(folder, tmp_path / "two", lr=0.1)),
     )
     for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
