@@ -207,6 +207,7 @@ def load_audio(path: str) -> np.ndarray:
     return wave
 
 
+@torch.autocast("cpu", enabled=False)  # features are fp32, whatever the model around computes in
 def make_batch(processor, examples: list[Example], waves: list[np.ndarray], prompt: str) -> dict:
     """Model inputs for B examples and their samples (n,) at 16 kHz.
 

@@ -30,7 +30,7 @@ from data import PROMPTS, SAMPLE_RATE, BadInput, Example, check_audio, completio
 from data import load_audio, load_examples, make_batch, read_rows, to_example, write_whole
 from rewards import extract_answer, format_reward, mmau_match, paired_difference, wilson_interval
 from train_grpo import sample
-from training import check_at_least, load_model, make_folder, parse, run
+from training import check_at_least, load_model, make_folder, parse, run, with_whole_weights
 
 GROUPS = ("task", "difficulty", "sub-category", "modality")  # keys of MMAU and, the last, of MMAR
 
@@ -95,13 +95,14 @@ def predict(
     return predictions
 
 
-def eval_accuracy(accelerator: Accelerator, model, processor, examples: list[Example], config) -> float:
-    """Accuracy of a model in training; every process answers its part."""
+def eval_accuracy(accelerator: Accelerator, policy, processor, examples: list[Example], config) -> float:
+    """Accuracy of a policy in training; every process answers its part."""
     mine = examples[accelerator.process_index :: accelerator.num_processes]
-    model.eval()
+    limits = config.prompts_per_step // accelerator.num_processes, config.max_new_tokens
+    model = accelerator.unwrap_model(policy).model
+    policy.eval()
     with accelerator.autocast():
-        batch_size = config.prompts_per_step // accelerator.num_processes
-        predictions = predict(model, processor, mine, config.prompt, batch_size, config.max_new_tokens, quiet=True)
+        predictions = with_whole_weights(policy, lambda: predict(model, processor, mine, config.prompt, *limits, quiet=True))
     if (errors := [p.error for p in predictions if p.error]) and not config.skip_bad_audio:
         raise BadInput(errors[0])
     right = sum(mmau_match(extract_answer(p.completion, config.prompt), e.answer, e.choices) for p, e in zip(predictions, mine))

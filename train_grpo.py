@@ -37,9 +37,11 @@ from tqdm import tqdm
 from transformers import DynamicCache
 from transformers.hf_argparser import HfArg
 
+from checkpoints import resume, save_checkpoint, save_final
 from data import BadInput, Example, completion_mask, decode, eos_tokens, take
 from rewards import accuracy_reward, format_reward
-from training import check_at_least, load_frozen, load_policy, merge, next_batch, parse, run, save_model, start, write_metrics
+from training import Interrupted, check_at_least, check_finite, leave, load_frozen, load_policy, next_batch, parse, prepare
+from training import prepare_frozen, read_metrics, run, say_what_is_held, start, with_whole_weights, write_metrics
 
 
 @dataclass
@@ -62,15 +64,15 @@ class Config:
     epsilon: float = HfArg(default=0.2, help="the probability ratio is clipped to 1 - epsilon .. 1 + epsilon")
     lr: float = HfArg(default=1e-6, help="AdamW's learning rate at the start, decaying linearly to 0")
     max_steps: int = HfArg(default=1000, help="steps, each one rollout of prompts_per_step x group_size completions")
+    resume: bool = HfArg(default=False, help="go on from the newest checkpoint in --output")
+    keep_states: int = HfArg(default=1, help="newest checkpoints that a run can be resumed from; of older ones the model stays")
     save_every: int = HfArg(default=100, help="steps between checkpoints")
     seed: int = HfArg(default=42, help="of data order and sampling")
     freeze_audio_encoder: bool = HfArg(default=False, help="train the language model and the projector only")
     lora_rank: int = HfArg(default=0, help="train adapters of this rank (LoRA) in place of the weights; 0: train the weights")
     lora_alpha: float = HfArg(default=32.0, help="what the adapters add is multiplied by alpha / rank")
     lora_dropout: float = HfArg(default=0.0, help="dropout before the adapters")
-    lora_target: str = HfArg(
-        default="language", help="linear layers with adapters: language, all (the audio encoder's too), or a regular expression"
-    )
+    lora_target: str = HfArg(default="language", help="layers with adapters: language, all (the encoder's too), or a regular expression")
     merge: bool = HfArg(default=False, help="LoRA: also write the final model with its adapters merged, to merged in --output")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations in the backward pass: less memory")
     log_with: str = HfArg(default="", help="tensorboard or wandb, beside metrics.jsonl")
@@ -209,12 +211,18 @@ def shared_prompt_logps(model, inputs: dict, ids: torch.Tensor, mask: torch.Tens
 class Policy(nn.Module):
     """The model as accelerate wraps it. Only a call of the wrapped module synchronises gradients between processes."""
 
+    _no_split_modules = ["Qwen2DecoderLayer", "Qwen2AudioEncoderLayer"]  # what FSDP2 gathers and frees one by one
+
     def __init__(self, model, temperature: float = 1.0):
         super().__init__()
         self.model, self.temperature = model, temperature
 
     def forward(self, inputs, ids, mask):
         return shared_prompt_logps(self.model, inputs, ids, mask, self.temperature)
+
+    def call(self, function):
+        """For FSDP2, which must see whatever runs the model (`with_whole_weights`)."""
+        return function()
 
 
 # --------------------------------------------------------------------------------------------------- 4. the loss
@@ -259,21 +267,23 @@ def train(config: Config) -> None:
 
     model, processor, adapters = load_policy(config, accelerator)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr, weight_decay=0.0)
-    policy, optimizer = accelerator.prepare(Policy(model, config.temperature), optimizer)
-    # the reference: a second model, or under LoRA the policy with its adapters off
-    reference = model if adapters else load_frozen(config, accelerator)[0] if config.beta else None
+    policy, optimizer = prepare(accelerator, Policy(model, config.temperature), optimizer)
+    reference = policy if adapters and config.beta else None  # under LoRA it is the policy with its adapters off
+    if config.beta and not adapters:
+        reference = prepare_frozen(accelerator, Policy(load_frozen(config, accelerator)[0], config.temperature))
+    first_step = resume(accelerator, policy, optimizer, config)
+    say_what_is_held(accelerator, policy, reference)
     eos_ids = eos_tokens(model, processor)
 
     B = config.prompts_per_step // accelerator.num_processes  # prompts of this process
     G, T = config.group_size, config.max_new_tokens
     micro_batches = [slice(i, i + config.micro_batch) for i in range(0, B, config.micro_batch)]
-    before = after = None  # held-out accuracy
-    bar = tqdm(range(config.max_steps), desc="GRPO", disable=not accelerator.is_main_process)
+    steps, interrupted = range(first_step, config.max_steps), Interrupted()
+    bar = tqdm(steps, "GRPO", config.max_steps, initial=first_step, disable=not accelerator.is_main_process)
     for step in bar:
         metrics = {}
         if eval_examples and step % config.eval_every == 0:
-            metrics["eval_accuracy"] = eval_accuracy(accelerator, model, processor, eval_examples, config)
-            before = metrics["eval_accuracy"] if before is None else before
+            metrics["eval_accuracy"] = eval_accuracy(accelerator, policy, processor, eval_examples, config)
 
         # 1. a group of completions for each prompt
         clock = [now()]
@@ -282,7 +292,8 @@ def train(config: Config) -> None:
         noise = [sampling_noise(config.seed, k, G, T) for k in range(first, first + B)]
         policy.eval()
         with accelerator.autocast():
-            ids, mask = sample(model, inputs, eos_ids, T, config.temperature, torch.stack(noise).to(device))
+            noise = torch.stack(noise).to(device)  # (B, G, T)
+            ids, mask = with_whole_weights(policy, lambda: sample(model, inputs, eos_ids, T, config.temperature, noise))
         texts = decode(processor, eos_ids, ids, mask)
 
         # 2. rewards (B, G) and advantages
@@ -295,12 +306,9 @@ def train(config: Config) -> None:
 
         # 3. the reference's log-probs
         ref_logp = [None] * len(micro_batches)
-        if config.beta:
+        if reference:
             with torch.no_grad(), accelerator.autocast(), adapters.disable_adapter() if adapters else nullcontext():
-                ref_logp = [
-                    shared_prompt_logps(reference, take(inputs, rows), ids[rows], mask[rows], config.temperature)
-                    for rows in micro_batches
-                ]
+                ref_logp = [reference(take(inputs, rows), ids[rows], mask[rows]) for rows in micro_batches]
         clock.append(now())
 
         # 4. the policy's, the loss and the update; old_logp is what the first pass finds, before any update
@@ -310,8 +318,10 @@ def train(config: Config) -> None:
         old_logp, losses = [], []
         for iteration in range(config.num_iterations):
             for i, rows in enumerate(micro_batches):
-                with nullcontext() if rows.stop == B else accelerator.no_sync(policy):
-                    logp = policy(take(inputs, rows), ids[rows], mask[rows])  # (micro_batch, G, T)
+                # FSDP2 would have to keep gradients whole to add them up before it sends them
+                with nullcontext() if rows.stop == B or accelerator.is_fsdp2 else accelerator.no_sync(policy):
+                    with accelerator.autocast():
+                        logp = policy(take(inputs, rows), ids[rows], mask[rows])  # (micro_batch, G, T)
                     if iteration == 0:
                         old_logp.append(logp.detach())
                     loss, kl, clipped = grpo_loss(
@@ -320,6 +330,7 @@ def train(config: Config) -> None:
                     accelerator.backward(loss / len(micro_batches))  # and over processes, DDP takes the mean
                 losses.append(torch.stack([loss.detach(), kl, clipped]))
             grad_norm = accelerator.clip_grad_norm_(policy.parameters(), 1.0)
+            check_finite(step, [loss for loss, _, _ in losses[-len(micro_batches) :]], grad_norm, [batch[rows] for rows in micro_batches])
             optimizer.step()
             optimizer.zero_grad()
         clock.append(now())
@@ -353,7 +364,7 @@ def train(config: Config) -> None:
             metrics |= {"thinking_tokens": thinking, "answer_tokens": lengths.mean() - thinking}
         done = step + 1
         if done == config.max_steps and eval_examples:
-            metrics["eval_accuracy"] = after = eval_accuracy(accelerator, model, processor, eval_examples, config)
+            metrics["eval_accuracy"] = eval_accuracy(accelerator, policy, processor, eval_examples, config)
         metrics = write_metrics(accelerator, config, step, metrics)
         bar.set_postfix_str(
             f"reward {metrics['reward']:.2f} accuracy {metrics['reward_accuracy']:.2f} KL {metrics['kl']:.3f} "
@@ -361,14 +372,15 @@ def train(config: Config) -> None:
         )
         if step % config.save_every == 0:
             show_group(accelerator, step, batch[0], texts[0], rewards[0], advantages[0])
-        if done % config.save_every == 0:
-            save_model(accelerator, os.path.join(config.output, f"checkpoint-{done}"), model, processor, config, adapters)
+        if (signal := interrupted.anywhere(accelerator)) or done % config.save_every == 0:
+            save_checkpoint(accelerator, done, policy, optimizer, model, processor, config, adapters)
+        if signal:
+            leave(accelerator, signal, done, config.max_steps)
 
-    save_model(accelerator, config.output, model, processor, config, adapters)
-    if config.merge and accelerator.is_main_process:
-        merge(config.output, os.path.join(config.output, "merged"))
+    save_final(accelerator, policy, model, processor, config, adapters)
     if eval_examples:
-        accelerator.print(f"held-out accuracy: {before:.1%} before, {after:.1%} after {config.max_steps} steps")
+        curve = [line["eval_accuracy"] for line in read_metrics(config) if "eval_accuracy" in line]
+        accelerator.print(f"held-out accuracy: {curve[0]:.1%} before, {curve[-1]:.1%} after {config.max_steps} steps")
     accelerator.print(f"the model is in {config.output}, its curves in {config.output}/metrics.jsonl")
     accelerator.wait_for_everyone()
     accelerator.end_training()

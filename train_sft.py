@@ -8,7 +8,6 @@ GRPO's, with a group of one: same prompts, same data order, same flags where the
 """
 
 import math
-import os
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,10 +16,12 @@ import torch
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
+from checkpoints import resume, save_checkpoint, save_final
 from data import BadInput, Example, take
 from evaluate import eval_accuracy
 from train_grpo import Policy
-from training import load_policy, merge, next_batch, parse, run, save_model, start, write_metrics
+from training import Interrupted, check_finite, leave, load_policy, next_batch, parse, prepare, run, say_what_is_held, start
+from training import write_metrics
 
 
 @dataclass
@@ -39,15 +40,15 @@ class Config:
     lr: float = HfArg(default=1e-5, help="AdamW's learning rate at the start, decaying linearly to 0")
     epochs: float = HfArg(default=1.0, help="passes over the data, where --max_steps does not say")
     max_steps: int = HfArg(default=0, help="optimizer steps; 0: as --epochs says")
+    resume: bool = HfArg(default=False, help="go on from the newest checkpoint in --output")
+    keep_states: int = HfArg(default=1, help="newest checkpoints that a run can be resumed from; of older ones the model stays")
     save_every: int = HfArg(default=100, help="steps between checkpoints")
     seed: int = HfArg(default=42, help="of data order and new adapters")
     freeze_audio_encoder: bool = HfArg(default=False, help="train the language model and the projector only")
     lora_rank: int = HfArg(default=0, help="train adapters of this rank (LoRA) in place of the weights; 0: train the weights")
     lora_alpha: float = HfArg(default=32.0, help="what the adapters add is multiplied by alpha / rank")
     lora_dropout: float = HfArg(default=0.0, help="dropout before the adapters")
-    lora_target: str = HfArg(
-        default="language", help="linear layers with adapters: language, all (the audio encoder's too), or a regular expression"
-    )
+    lora_target: str = HfArg(default="language", help="layers with adapters: language, all (the encoder's too), or a regular expression")
     merge: bool = HfArg(default=False, help="LoRA: also write the final model with its adapters merged, to merged in --output")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations in the backward pass: less memory")
     log_with: str = HfArg(default="", help="tensorboard or wandb, beside metrics.jsonl")
@@ -71,15 +72,18 @@ def train(config: Config) -> None:
     device = accelerator.device
     model, processor, adapters = load_policy(config, accelerator)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr, weight_decay=0.0)
-    policy, optimizer = accelerator.prepare(Policy(model), optimizer)
+    policy, optimizer = prepare(accelerator, Policy(model), optimizer)
+    first_step = resume(accelerator, policy, optimizer, config)
+    say_what_is_held(accelerator, policy, None)
 
     B = config.prompts_per_step // accelerator.num_processes  # examples of this process
     micro_batches = [slice(i, i + config.micro_batch) for i in range(0, B, config.micro_batch)]
-    bar = tqdm(range(max_steps), desc="SFT", disable=not accelerator.is_main_process)
+    steps, interrupted = range(first_step, max_steps), Interrupted()
+    bar = tqdm(steps, "SFT", max_steps, initial=first_step, disable=not accelerator.is_main_process)
     for step in bar:
         metrics = {}
         if eval_examples and step % config.eval_every == 0:
-            metrics["eval_accuracy"] = eval_accuracy(accelerator, model, processor, eval_examples, config)
+            metrics["eval_accuracy"] = eval_accuracy(accelerator, policy, processor, eval_examples, config)
 
         began = time.perf_counter()
         _, batch, inputs, clips = next_batch(accelerator, processor, examples, config, step)
@@ -89,31 +93,34 @@ def train(config: Config) -> None:
         policy.train()
         for group in optimizer.param_groups:
             group["lr"] = config.lr * (1 - step / max_steps)
-        total = torch.zeros((), device=device)
+        losses = []
         for rows in micro_batches:
-            with nullcontext() if rows.stop == B else accelerator.no_sync(policy):
-                logp = policy(take(inputs, rows), ids[rows], mask[rows])  # (micro_batch, 1, T)
-                # DDP takes the mean over processes, and the loss is a sum over all of them
+            # FSDP2 would have to keep gradients whole to add them up before it sends them
+            with nullcontext() if rows.stop == B or accelerator.is_fsdp2 else accelerator.no_sync(policy):
+                with accelerator.autocast():
+                    logp = policy(take(inputs, rows), ids[rows], mask[rows])  # (micro_batch, 1, T)
+                # the mean over processes is taken of gradients, and the loss is a sum over all of them
                 loss = -logp.sum() / n_tokens * accelerator.num_processes
                 accelerator.backward(loss)
-            total += loss.detach()
+            losses.append(loss.detach())
         grad_norm = accelerator.clip_grad_norm_(policy.parameters(), 1.0)
+        check_finite(step, losses, grad_norm, [batch[rows] for rows in micro_batches])
         optimizer.step()
         optimizer.zero_grad()
 
-        metrics |= {"loss": total, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], **clips}
+        metrics |= {"loss": sum(losses), "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], **clips}
         metrics |= {"answer_tokens": n_tokens, "seconds": time.perf_counter() - began}
         done = step + 1
         if done == max_steps and eval_examples:
-            metrics["eval_accuracy"] = eval_accuracy(accelerator, model, processor, eval_examples, config)
+            metrics["eval_accuracy"] = eval_accuracy(accelerator, policy, processor, eval_examples, config)
         metrics = write_metrics(accelerator, config, step, metrics)
         bar.set_postfix_str(f"loss {metrics['loss']:.3f} {metrics['seconds']:.2f} s/step")
-        if done % config.save_every == 0:
-            save_model(accelerator, os.path.join(config.output, f"checkpoint-{done}"), model, processor, config, adapters)
+        if (signal := interrupted.anywhere(accelerator)) or done % config.save_every == 0:
+            save_checkpoint(accelerator, done, policy, optimizer, model, processor, config, adapters)
+        if signal:
+            leave(accelerator, signal, done, max_steps)
 
-    save_model(accelerator, config.output, model, processor, config, adapters)
-    if config.merge and accelerator.is_main_process:
-        merge(config.output, os.path.join(config.output, "merged"))
+    save_final(accelerator, policy, model, processor, config, adapters)
     accelerator.print(f"the model is in {config.output}, its curves in {config.output}/metrics.jsonl")
     accelerator.wait_for_everyone()
     accelerator.end_training()

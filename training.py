@@ -6,15 +6,18 @@ Nothing in here is about an algorithm; `train_grpo.py` and `train_sft.py` are.
 import json
 import os
 import re
-import shutil
+import signal
 import sys
+import time
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from contextlib import contextmanager
 from dataclasses import asdict
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from safetensors import SafetensorError
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
 from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor, HfArgumentParser, Qwen2AudioForConditionalGeneration
 
@@ -64,13 +67,20 @@ def start(config) -> tuple[Accelerator, list[Example], list[Example]]:
     if config.log_with not in ("", "tensorboard", "wandb"):
         raise BadInput(f"--log_with {config.log_with}: unknown, choose tensorboard or wandb")
     # not PartialState(), which overlooks ACCELERATE_USE_CPU and finds one process where there are several
-    accelerator = Accelerator(log_with=config.log_with or None, project_dir=config.output)
+    views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # else DDP holds every gradient twice
+    accelerator = Accelerator(log_with=config.log_with or None, project_dir=config.output, kwargs_handlers=[views])
+    if accelerator.is_fsdp2:
+        if accelerator.mixed_precision == "bf16":  # accelerate's own policy would return log-probs in bf16
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+    elif accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise BadInput(f"{accelerator.distributed_type}: not supported; plain processes and FSDP2 are (fsdp.yaml)")
     if config.prompt not in PROMPTS:
         raise BadInput(f"--prompt {config.prompt}: unknown, choose one of {', '.join(PROMPTS)}")
     if not config.data:
         raise BadInput("--data is missing: the file of training questions")
     check_at_least(config, prompts_per_step=1, micro_batch=1, save_every=1, eval_every=1, max_new_tokens=1, lr=0, seed=0)
-    check_at_least(config, lora_rank=0, lora_alpha=0, lora_dropout=0)
+    check_at_least(config, lora_rank=0, lora_alpha=0, lora_dropout=0, keep_states=1)
     if config.merge and not config.lora_rank:
         raise BadInput("--merge is for LoRA, and --lora_rank is 0: there are no adapters to merge")
     if config.freeze_audio_encoder and config.lora_rank and config.lora_target == "all":
@@ -81,8 +91,9 @@ def start(config) -> tuple[Accelerator, list[Example], list[Example]]:
     examples = load_examples(config.data, config.audio_dir)
     eval_examples = load_examples(config.eval_data, config.audio_dir) if config.eval_data else []
     missing = check_audio(examples + eval_examples, config.skip_bad_audio)
-    if os.path.exists(config.output) and (not os.path.isdir(config.output) or os.listdir(config.output)):
-        raise BadInput(f"--output {config.output}: already holds a run or other files; remove it or name another folder")
+    used = os.path.exists(config.output) and (not os.path.isdir(config.output) or os.listdir(config.output))
+    if used and not config.resume:
+        raise BadInput(f"--output {config.output}: already holds a run or other files; --resume, remove it, or name another folder")
 
     accelerator.wait_for_everyone()  # until all have seen the folder empty
     if accelerator.is_main_process:
@@ -139,7 +150,7 @@ def load_frozen(config, accelerator: Accelerator):
         if not list(module.children()):
             is_matrix = isinstance(module, (torch.nn.Linear, torch.nn.Conv1d))
             module.to(torch.bfloat16 if is_matrix and accelerator.mixed_precision == "bf16" else torch.float32)
-    return model.to(accelerator.device).eval().requires_grad_(False), processor
+    return model.eval().requires_grad_(False), processor
 
 
 def load_policy(config, accelerator: Accelerator):
@@ -152,7 +163,9 @@ def load_policy(config, accelerator: Accelerator):
         adapters = add_lora(model, config)
     else:
         model, processor = load_model(config.model, torch.float32)  # fp32 masters: at lr 1e-6 bf16 loses the updates
-        model.model.audio_tower.requires_grad_(not config.freeze_audio_encoder)
+        model.model.audio_tower.embed_positions.requires_grad_(False)  # sinusoids; from_pretrained forgets that they are fixed
+        if config.freeze_audio_encoder:
+            model.model.audio_tower.requires_grad_(False)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model, processor, adapters
@@ -179,6 +192,7 @@ def next_batch(accelerator: Accelerator, processor, examples: list[Example], con
     """
     B, batch, waves, skipped = config.prompts_per_step // accelerator.num_processes, [], [], 0
     first = step * config.prompts_per_step + accelerator.process_index * B
+    torch.manual_seed(config.seed + first)  # of dropout, so that a resumed run draws the same
     for i in stream_indices(len(examples), config.seed, first, B):
         while len(waves) == len(batch):
             try:
@@ -207,44 +221,110 @@ def write_metrics(accelerator: Accelerator, config, step: int, metrics: dict) ->
     return metrics
 
 
-@contextmanager
-def written_aside(folder: str):
-    """A folder to write a model into; its files then move to `folder`, the one that makes it loadable last."""
-    aside = os.path.join(folder, "partial")
-    yield aside
-    for name in sorted(os.listdir(aside), key=lambda name: name in ("config.json", "adapter_config.json")):
-        os.replace(os.path.join(aside, name), os.path.join(folder, name))
-    os.rmdir(aside)
+def read_metrics(config) -> list[dict]:
+    """The lines of metrics.jsonl; a killed run may have left half a line, which is passed over."""
+    try:
+        with open(os.path.join(config.output, "metrics.jsonl")) as file:
+            return [json.loads(line) for line in file if line.endswith("\n")]
+    except OSError:
+        return []
 
 
-def save_model(accelerator: Accelerator, folder: str, model, processor, config, adapters=None) -> None:
-    """What `from_pretrained` loads (peft's, for adapters), and the settings (run.json)."""
-    if accelerator.is_main_process:
-        with written_aside(folder) as aside:
-            if adapters:
-                adapters.save_pretrained(aside)
-            else:
-                dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-                model.save_pretrained(aside, state_dict={k: w.to("cpu", dtype) for k, w in model.state_dict().items()})
-                model.config.dtype = dtype  # as the weights are stored, not as they were trained
-                model.config.save_pretrained(aside)
-            processor.save_pretrained(aside)
-            with open(os.path.join(aside, "run.json"), "w") as file:
-                json.dump(asdict(config), file, indent=2)
+# ------------------------------------------------------------------------------------------------- several processes
+
+
+def prepare(accelerator: Accelerator, policy, optimizer):
+    """Policy and optimizer on their device: alone, copied to every process (DDP), or sharded over them (FSDP2)."""
+    policy, optimizer = accelerator.prepare(policy, optimizer)
+    register_fsdp_forward_method(policy, "call")
+    return policy, optimizer
+
+
+def prepare_frozen(accelerator: Accelerator, policy):
+    """The same for a model that is not trained. accelerate's prepare takes one model only under FSDP2."""
+    return fsdp2_prepare_model(accelerator, policy) if accelerator.is_fsdp2 else policy.to(accelerator.device)
+
+
+def with_whole_weights(policy, function):
+    """function(), which may run the model as often as it likes on this process.
+
+    Under FSDP2 each forward gathers weights from all processes, and sampling takes another number of them on each: so
+    all weights are gathered once, before, and given back after.
+    """
+    shards = [module for module in policy.modules() if isinstance(module, FSDPModule)]
+    if not shards:
+        return function()
+
+    def gathered():
+        for module in shards:
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
+        return function()
+
+    try:
+        return policy.call(gathered)  # through the policy, which FSDP2 must see first
+    finally:
+        for module in shards:
+            module.reshard()
+            module.set_reshard_after_forward(module is not policy, recurse=False)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor: under FSDP2 its shard, else all of it."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def say_what_is_held(accelerator: Accelerator, policy, reference) -> None:
+    """One line: parameters, and bytes on each process before any activation."""
+
+    def gigabytes(parameters, each=None):
+        return sum(local(p).numel() * (each or p.element_size()) for p in parameters) / 1e9
+
+    weights, trained = list(policy.parameters()), [p for p in policy.parameters() if p.requires_grad]
+    held = {"weights": gigabytes(weights), "gradients": gigabytes(trained, 4), "AdamW": gigabytes(trained, 8)}
+    if reference is not None and reference is not policy:
+        held["reference"] = gigabytes(reference.parameters())
+    how = "sharded over" if accelerator.is_fsdp2 else "on each of"
+    accelerator.print(
+        f"{sum(p.numel() for p in weights) / 1e6:,.1f} M parameters, {sum(p.numel() for p in trained) / 1e6:,.1f} M of them trained, "
+        f"{how} {accelerator.num_processes} process(es); held by each, in GB, before activations: "
+        + ", ".join(f"{name} {value:.2f}" for name, value in held.items())
+    )
+
+
+def check_finite(step: int, losses: list[torch.Tensor], grad_norm, batches: list[list[Example]]) -> None:
+    """Raise BadInput, before the weights are touched, if a micro-batch's loss or the gradient is not finite."""
+    if torch.isfinite(torch.stack([*losses, grad_norm.to(losses[0].device)])).all():
+        return
+    bad = [batch for loss, batch in zip(losses, batches) if not torch.isfinite(loss)] or batches
+    places = ", ".join(example.place for batch in bad for example in batch)
+    norm = f"the gradient norm is {float(grad_norm)}"
+    raise BadInput(f"step {step}: the loss is {[float(loss) for loss in losses]}, {norm}; no weight was changed. Examples: {places}")
+
+
+class Interrupted:
+    """True from the first SIGTERM or Ctrl-C on; a second one, 5 s later or more, leaves at once."""
+
+    def __init__(self):
+        self.number, self.since = 0, 0.0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.catch)
+
+    def catch(self, number, frame):
+        if self.number and time.monotonic() - self.since > 5:  # launchers repeat the first to each process
+            os._exit(128 + number)
+        if not self.number:
+            self.number, self.since = number, time.monotonic()
+            os.write(2, b"\nfinishing this step and saving; again in 5 s or more to leave at once\n")
+
+    def anywhere(self, accelerator: Accelerator) -> int:
+        """The signal's number, if any process has caught one: all must leave after the same step."""
+        return int(accelerator.gather(torch.tensor([self.number], device=accelerator.device)).max())
+
+
+def leave(accelerator: Accelerator, number: int, done: int, max_steps: int) -> None:
+    """End the process as the signal would have, after the checkpoint was saved."""
+    accelerator.print(f"stopped after {done} of {max_steps} steps; the same command with --resume goes on")
     accelerator.wait_for_everyone()
-
-
-def merge(adapter: str, folder: str) -> None:
-    """Write the plain model that adapters and their base make, in the base's own type."""
-    base = base_of_adapter(adapter)
-    if not base:
-        raise BadInput(f"{adapter}: holds no LoRA adapters")
-    from peft import PeftModel
-
-    dtype = AutoConfig.from_pretrained(base).dtype
-    model, processor = load_model(base, torch.float32)  # a sum in bf16 would lose what little the adapters add
-    model = PeftModel.from_pretrained(model, adapter).merge_and_unload().to(dtype)
-    with written_aside(folder) as aside:
-        model.save_pretrained(aside)
-        processor.save_pretrained(aside)
-        shutil.copy(os.path.join(adapter, "run.json"), aside)
+    accelerator.end_training()
+    sys.exit(128 + number)

@@ -15,17 +15,28 @@ def as_flags(config) -> list[str]:
     return [f"--{name}={value}" for name, value in vars(config).items() if value != ""]
 
 
-def launch(code: str, *flags, precision: str = "no") -> None:
-    """Run `code` in two processes, with these flags as sys.argv[1:]."""
+# accelerate knows FSDP2 on accelerators only; two names make it believe that a CPU is one
+FSDP2_ON_CPU = """
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+"""
+
+
+def launch(code: str, *flags, precision: str = "no", fsdp: bool = False) -> None:
+    """Run `code` in two processes, with these flags as sys.argv[1:]; with `fsdp` as fsdp.yaml has it."""
     code = (
-        "from accelerate import Accelerator\n"
+        (FSDP2_ON_CPU if fsdp else "") + "from accelerate import Accelerator\n"
         "assert Accelerator().num_processes == 2\n"  # without --multi_gpu accelerate starts one, and says nothing
+        f"assert Accelerator().is_fsdp2 is {fsdp}\n"
         f"import sys; sys.path.insert(0, {ROOT!r})\n{code}\n"
     )
     with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
         script.write(code)
         script.flush()
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", precision, *TWO.split()]
+        how = ["--config_file", f"{ROOT}/fsdp.yaml", "--num_processes", "2", "--main_process_port", "0"] if fsdp else TWO.split()
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", precision, *how]
         command += [script.name, *map(str, flags)]
-        done = subprocess.run(command, env=os.environ | {"ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+        cpu = {"ACCELERATE_TORCH_DEVICE": "cpu"} if fsdp else {"ACCELERATE_USE_CPU": "true"}
+        done = subprocess.run(command, env=os.environ | cpu, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-6000:]

@@ -380,6 +380,13 @@ def test_metrics_tell_thinking_from_answering(folder, tmp_path, monkeypatch):
     assert line["thinking_tokens"] + line["answer_tokens"] == pytest.approx(line["completion_tokens"], rel=1e-5)
 
 
+def test_every_weight_moves_but_the_encoders_sinusoids(folder, tmp_path, reward_by_length):
+    train(config(folder, tmp_path / "run", lr=1.0, max_steps=2))
+    before, after = weights(folder / "model"), weights(tmp_path / "run")
+    stayed = {name for name in before if torch.equal(before[name], after[name])}
+    assert {name.split(".")[-2] for name in stayed} == {"embed_positions"}
+
+
 def test_frozen_encoder_stays_and_the_rest_moves(folder, tmp_path, reward_by_length):
     train(config(folder, tmp_path / "run", freeze_audio_encoder=True, gradient_checkpointing=True))
     before, after = weights(folder / "model"), weights(tmp_path / "run")

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from data import BadInput
 from train_sft import Config, answer_batch, train
-from training import load_model, merge
+from checkpoints import merge
+from training import load_model
 
 
 def config(folder, output, **flags):
