@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from dataclasses import asdict
 
 import torch
@@ -17,12 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from data import BadInput, write_whole
+from data import BadInput, sha256, write_whole
 from training import base_of_adapter, load_model, local, read_metrics
 
-
-FREE = ("output", "resume", "save_every", "keep_states", "merge", "log_with", "eval_data", "eval_every")
-FREE += ("micro_batch", "gradient_checkpointing")  # may change between a run and its resumption: its result does not depend on them
+# what may change between a run and its resumption: weights do not depend on it (and the questions are known by their content)
+MAY_CHANGE = ("output", "resume", "save_every", "keep_states", "merge", "log_with", "eval_data", "eval_every", "data", "audio_dir")
+MAY_CHANGE += ("skip_bad_audio", "micro_batch", "gradient_checkpointing")
 
 
 def save_model(accelerator: Accelerator, folder: str, policy, model, processor, config, adapters=None) -> None:
@@ -51,7 +52,8 @@ def save_state(accelerator: Accelerator, folder: str, step: int, policy, optimiz
         save_file(tensors, os.path.join(folder, f"process-{accelerator.process_index}.safetensors"))
     if accelerator.is_main_process:
         shards = accelerator.num_processes if accelerator.is_fsdp2 else 1
-        write_whole(os.path.join(folder, "state.json"), json.dumps({"step": step, "shards": shards, "config": asdict(config)}, indent=2))
+        state = {"step": step, "shards": shards, "data_sha256": sha256(config.data), "config": asdict(config)}
+        write_whole(os.path.join(folder, "state.json"), json.dumps(state, indent=2))
 
 
 def save_final(accelerator: Accelerator, policy, model, processor, config, adapters=None) -> None:
@@ -64,7 +66,8 @@ def save_final(accelerator: Accelerator, policy, model, processor, config, adapt
                 os.replace(os.path.join(aside, name), os.path.join(config.output, name))
             os.rmdir(aside)
             if config.merge:
-                merge(config.output, os.path.join(config.output, "merged"))
+                shutil.rmtree(merged := os.path.join(config.output, "merged"), ignore_errors=True)
+                merge(config.output, merged)
     except (OSError, SafetensorError) as error:
         raise BadInput(f"{config.output}: the model cannot be saved ({error})") from None
     accelerator.wait_for_everyone()
@@ -81,14 +84,15 @@ def save_checkpoint(accelerator: Accelerator, step: int, policy, optimizer, mode
         accelerator.wait_for_everyone()
         save_model(accelerator, aside, policy, model, processor, config, adapters)
         save_state(accelerator, os.path.join(aside, "state"), step, policy, optimizer, config)
-        accelerator.wait_for_everyone()  # nobody comes here unless all have written
+        os.sync()  # it may be the machine that dies, and not only the process
+        accelerator.wait_for_everyone()  # nobody gets past this unless all have written
         if accelerator.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was resumed from before it
             os.replace(aside, folder)
             for older in list_states(config.output)[: -config.keep_states]:
-                shutil.rmtree(os.path.join(older, "state"))
+                shutil.rmtree(os.path.join(older, "state"), ignore_errors=True)
         accelerator.wait_for_everyone()
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, BadInput) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise BadInput(f"{folder}: cannot be saved ({error}); older checkpoints are as they were") from None
 
@@ -105,6 +109,10 @@ def resume(accelerator: Accelerator, policy, optimizer, config) -> int:
     if not config.resume:
         return 0
     folders = list_states(config.output)
+    if any(os.path.exists(os.path.join(config.output, name)) for name in ("config.json", "adapter_config.json")):
+        accelerator.print(f"--resume: the run in {config.output} is finished")
+        accelerator.end_training()
+        sys.exit()
     accelerator.wait_for_everyone()
     if not folders:
         accelerator.print(f"--resume: no complete checkpoint in {config.output}, so this run starts at step 0")
@@ -112,7 +120,10 @@ def resume(accelerator: Accelerator, policy, optimizer, config) -> int:
     else:
         accelerator.print(f"--resume: going on from {folders[-1]}")
         step = load_state(accelerator, os.path.join(folders[-1], "state"), policy, optimizer, config)
-    if accelerator.is_main_process:  # what came after the checkpoint comes again
+    if accelerator.is_main_process:
+        for left in glob.glob(os.path.join(glob.escape(config.output), "*.partial")):
+            shutil.rmtree(left, ignore_errors=True)
+        # what came after the checkpoint comes again
         lines = [line for line in read_metrics(config) if line["step"] < step]
         write_whole(os.path.join(config.output, "metrics.jsonl"), "".join(json.dumps(line) + "\n" for line in lines))
     accelerator.wait_for_everyone()
@@ -124,10 +135,12 @@ def load_state(accelerator: Accelerator, folder: str, policy, optimizer, config)
     try:
         with open(os.path.join(folder, "state.json")) as file:
             state = json.load(file)
-        changed = [name for name, value in asdict(config).items() if name not in FREE and state["config"][name] != value]
+        changed = [name for name, value in asdict(config).items() if name not in MAY_CHANGE and state["config"][name] != value]
         if changed:
             flags = ", ".join(f"--{name} {getattr(config, name)} (it was {state['config'][name]})" for name in changed)
             raise BadInput(f"--resume: these flags would make it another run: {flags}")
+        if state["data_sha256"] != sha256(config.data):
+            raise BadInput(f"--resume: {config.data} is not the file that the run was started with")
         shards = accelerator.num_processes if accelerator.is_fsdp2 else 1
         if state["shards"] != shards:
             raise BadInput(f"--resume: {folder} was saved in {state['shards']} shard(s), and this run has {shards}")
@@ -136,7 +149,7 @@ def load_state(accelerator: Accelerator, folder: str, policy, optimizer, config)
             if p.requires_grad:
                 local(p.data).copy_(tensors.pop(f"weight {name}"))
                 for key in [key for key in tensors if key.endswith(f" {name}")]:
-                    value = tensors.pop(key)
+                    value = tensors.pop(key).clone()  # no view of the file, which may be removed
                     if value.dim():  # a moment, shaped and sharded as its parameter
                         moment = torch.zeros_like(p.data)
                         local(moment).copy_(value)
@@ -154,15 +167,17 @@ def merge(adapter: str, folder: str) -> None:
     base = base_of_adapter(adapter)
     if not base:
         raise BadInput(f"{adapter}: holds no LoRA adapters")
+    if os.path.exists(folder):
+        raise BadInput(f"{folder}: already there; remove it or name another folder")
     from peft import PeftModel
 
     dtype = AutoConfig.from_pretrained(base).dtype
     model, processor = load_model(base, torch.float32)  # a sum in bf16 would lose what little the adapters add
     model = PeftModel.from_pretrained(model, adapter).merge_and_unload().to(dtype)
     aside = f"{folder}.partial"
-    for path in (aside, folder):
-        shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
     model.save_pretrained(aside)
     processor.save_pretrained(aside)
-    shutil.copy(os.path.join(adapter, "run.json"), aside)
+    if os.path.exists(settings := os.path.join(adapter, "run.json")):
+        shutil.copy(settings, aside)
     os.replace(aside, folder)

@@ -13,6 +13,7 @@ A row of any of these becomes one `Example`; anything else is refused with file,
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -177,7 +178,7 @@ def open_audio(path: str) -> soundfile.SoundFile:
         raise BadInput(f"{path}: no such audio file")
     try:
         file = soundfile.SoundFile(path)
-    except (soundfile.LibsndfileError, OSError) as error:
+    except (soundfile.LibsndfileError, OSError, TypeError) as error:  # TypeError: a name that ends in .raw
         raise BadInput(f"{path}: cannot be read as audio ({getattr(error, 'error_string', error)})") from None
     # libsndfile's log tells what its numbers hide; sizes of 2 GiB and more are of writers that could not know
     stated = re.search(r"(?:data|SSND) : (\d+) \(should be (\d+)\)", file.extra_info)
@@ -254,10 +255,16 @@ def decode(processor, eos_ids: list[int], ids: torch.Tensor, mask: torch.Tensor)
 # --------------------------------------------------------------------------------------------- preparing and checking
 
 
+def sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
+
+
 def write_whole(path: str, text: str) -> None:
     """Write a file that is there whole or not at all. Raises BadInput where it cannot be written."""
     try:
-        with open(f"{path}.partial", "w", encoding="utf-8") as file:
+        # half a surrogate pair, which JSON can hold and UTF-8 cannot, is written as JSON escapes it
+        with open(f"{path}.partial", "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
         os.replace(f"{path}.partial", path)
     except OSError as error:
@@ -332,9 +339,9 @@ def check(path: str, audio_dir: str, decode: bool) -> bool:
     examples = [finding.example for finding in findings if finding.example]
     sounds = [finding.sound for finding in findings if finding.sound]
     unusable = [finding.problem for finding in findings if finding.problem]
-    ids = Counter(str(example.row["id"]) for example in examples if "id" in example.row)
-    odd = [f"{example.place}: id {example.row['id']} is there {ids[str(example.row['id'])]} times"
-           for example in examples if ids[str(example.row.get("id"))] > 1]  # fmt: skip
+    names = [example.row.get("id") for example in examples]
+    times = Counter(str(name) for name in names if name is not None)
+    odd = [f"{e.place}: id {name} is there {times[str(name)]} times" for e, name in zip(examples, names) if times[str(name)] > 1]
     odd += [f"{e.place}: an option stands twice in {e.choices}" for e in examples if len(set(e.choices)) < len(e.choices)]
     for problem in unusable:
         print(f"unusable: {problem}")

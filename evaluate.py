@@ -8,7 +8,6 @@
 """
 
 import glob
-import hashlib
 import json
 import os
 import re
@@ -27,7 +26,7 @@ from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
 from data import PROMPTS, SAMPLE_RATE, BadInput, Example, check_audio, completion_mask, decode, eos_tokens, is_cut
-from data import load_audio, load_examples, make_batch, read_rows, to_example, write_whole
+from data import load_audio, load_examples, make_batch, read_rows, sha256, to_example, write_whole
 from rewards import extract_answer, format_reward, mmau_match, paired_difference, wilson_interval
 from train_grpo import sample
 from training import check_at_least, load_model, make_folder, parse, run, with_whole_weights
@@ -130,7 +129,7 @@ def judge(row: object, place: str) -> bool | None:
     if answer is None or answer == "":
         return None
     if "multi_choice" in row:  # AVQA's answers are indices
-        if answer not in range(len(choices)):
+        if not isinstance(answer, int) or answer not in range(len(choices)):
             raise BadInput(f"{place}: answer must be an index from 0 to {len(choices) - 1}, not {answer!r}")
         answer = choices[answer]
     return mmau_match(prediction_of(row) or "", str(answer), [str(choice) for choice in choices])
@@ -167,11 +166,6 @@ def score(rows: list[tuple[dict, str]]) -> dict:
         "missing": sum(prediction_of(row) is None for row in rows),
         "by": {key: {name: tally(part) for name, part in group.items()} for key, group in by_group(rows, marks).items()},
     }
-
-
-def sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
 
 
 def read_json(path: str) -> dict:
@@ -336,8 +330,8 @@ def settings(config: Config, prompt: str) -> dict:
 
 def evaluate_checkpoints(config: Config, accelerator: Accelerator, examples: list[Example]) -> None:
     """Evaluate each complete checkpoint of a run that has no results yet, then show the curve."""
-    last = ("config.json", "adapter_config.json")  # to be written: a folder with one is whole
-    paths = [path for name in last for path in glob.glob(os.path.join(glob.escape(config.checkpoints), "checkpoint-*", name))]
+    models = ("config.json", "adapter_config.json")
+    paths = [path for name in models for path in glob.glob(os.path.join(glob.escape(config.checkpoints), "checkpoint-*", name))]
     paths = {int(path.split("-")[-1]): path for path in map(os.path.dirname, paths) if re.search(r"-\d+$", path)}
     if not paths:
         raise BadInput(f"--checkpoints {config.checkpoints}: holds no complete checkpoint-N")

@@ -238,7 +238,7 @@ def prepare_run(accelerator: Accelerator) -> list[str]:
     flags += f" --prompts_per_step {share * accelerator.num_processes} --micro_batch {share} {GRPO}"
     if accelerator.is_main_process:
         print(
-            "No flags: this is the offline toy. The paper's recipe: accelerate launch --mixed_precision bf16 train_grpo.py "
+            "No flags: this is the offline toy. The paper's recipe: accelerate launch --config_file fsdp.yaml train_grpo.py "
             "--model Qwen/Qwen2-Audio-7B-Instruct --data avqa_train.jsonl --output runs/grpo",
             flush=True,
         )

@@ -1,7 +1,7 @@
 """GRPO for audio question answering: R1-AQA (arXiv 2503.11197), the whole method in one file.
 
     accelerate launch train_grpo.py                 # the offline toy: no GPU, no download, a few minutes
-    accelerate launch --mixed_precision bf16 train_grpo.py \\
+    accelerate launch --config_file fsdp.yaml train_grpo.py \\
         --model Qwen/Qwen2-Audio-7B-Instruct --data avqa_train.jsonl --output runs/grpo        # the paper's recipe
 
 One step, for each of `prompts_per_step` questions q with their audio:
@@ -67,7 +67,7 @@ class Config:
     resume: bool = HfArg(default=False, help="go on from the newest checkpoint in --output")
     keep_states: int = HfArg(default=1, help="newest checkpoints that a run can be resumed from; of older ones the model stays")
     save_every: int = HfArg(default=100, help="steps between checkpoints")
-    seed: int = HfArg(default=42, help="of data order and sampling")
+    seed: int = HfArg(default=42, help="of data order, sampling, new adapters and their dropout")
     freeze_audio_encoder: bool = HfArg(default=False, help="train the language model and the projector only")
     lora_rank: int = HfArg(default=0, help="train adapters of this rank (LoRA) in place of the weights; 0: train the weights")
     lora_alpha: float = HfArg(default=32.0, help="what the adapters add is multiplied by alpha / rank")
@@ -330,7 +330,8 @@ def train(config: Config) -> None:
                     accelerator.backward(loss / len(micro_batches))  # and over processes, DDP takes the mean
                 losses.append(torch.stack([loss.detach(), kl, clipped]))
             grad_norm = accelerator.clip_grad_norm_(policy.parameters(), 1.0)
-            check_finite(step, [loss for loss, _, _ in losses[-len(micro_batches) :]], grad_norm, [batch[rows] for rows in micro_batches])
+            of_this_update = [loss for loss, _, _ in losses[-len(micro_batches) :]]
+            check_finite(accelerator, step, of_this_update, grad_norm, [batch[rows] for rows in micro_batches])
             optimizer.step()
             optimizer.zero_grad()
         clock.append(now())
@@ -379,8 +380,9 @@ def train(config: Config) -> None:
 
     save_final(accelerator, policy, model, processor, config, adapters)
     if eval_examples:
-        curve = [line["eval_accuracy"] for line in read_metrics(config) if "eval_accuracy" in line]
-        accelerator.print(f"held-out accuracy: {curve[0]:.1%} before, {curve[-1]:.1%} after {config.max_steps} steps")
+        curve = {line["step"]: line["eval_accuracy"] for line in read_metrics(config) if "eval_accuracy" in line}
+        before, after = curve.get(0, np.nan), curve.get(config.max_steps - 1, np.nan)
+        accelerator.print(f"held-out accuracy: {before:.1%} before, {after:.1%} after {config.max_steps} steps")
     accelerator.print(f"the model is in {config.output}, its curves in {config.output}/metrics.jsonl")
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -1,6 +1,6 @@
 """Supervised fine-tuning, the baseline of R1-AQA (arXiv 2503.11197).
 
-    accelerate launch --mixed_precision bf16 train_sft.py \\
+    accelerate launch --config_file fsdp.yaml train_sft.py \\
         --model Qwen/Qwen2-Audio-7B-Instruct --data avqa_train.jsonl --output runs/sft            # or: --lora_rank 16
 
 The loss is the mean of -log pi(token | audio, prompt, tokens before) over all answer tokens of a step. The log-probs are
@@ -43,7 +43,7 @@ class Config:
     resume: bool = HfArg(default=False, help="go on from the newest checkpoint in --output")
     keep_states: int = HfArg(default=1, help="newest checkpoints that a run can be resumed from; of older ones the model stays")
     save_every: int = HfArg(default=100, help="steps between checkpoints")
-    seed: int = HfArg(default=42, help="of data order and new adapters")
+    seed: int = HfArg(default=42, help="of data order, new adapters and their dropout")
     freeze_audio_encoder: bool = HfArg(default=False, help="train the language model and the projector only")
     lora_rank: int = HfArg(default=0, help="train adapters of this rank (LoRA) in place of the weights; 0: train the weights")
     lora_alpha: float = HfArg(default=32.0, help="what the adapters add is multiplied by alpha / rank")
@@ -104,7 +104,7 @@ def train(config: Config) -> None:
                 accelerator.backward(loss)
             losses.append(loss.detach())
         grad_norm = accelerator.clip_grad_norm_(policy.parameters(), 1.0)
-        check_finite(step, losses, grad_norm, [batch[rows] for rows in micro_batches])
+        check_finite(accelerator, step, losses, grad_norm, [batch[rows] for rows in micro_batches])
         optimizer.step()
         optimizer.zero_grad()
 

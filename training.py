@@ -1,4 +1,4 @@
-"""What every training run here needs, whether by GRPO or by SFT: flags, model, batches, metrics, saved models.
+"""What every training run here needs, whether by GRPO or by SFT: flags, model, batches, metrics, several processes.
 
 Nothing in here is about an algorithm; `train_grpo.py` and `train_sft.py` are.
 """
@@ -11,10 +11,11 @@ import sys
 import time
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import asdict
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, gather_object
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from safetensors import SafetensorError
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
@@ -68,7 +69,13 @@ def start(config) -> tuple[Accelerator, list[Example], list[Example]]:
         raise BadInput(f"--log_with {config.log_with}: unknown, choose tensorboard or wandb")
     # not PartialState(), which overlooks ACCELERATE_USE_CPU and finds one process where there are several
     views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # else DDP holds every gradient twice
-    accelerator = Accelerator(log_with=config.log_with or None, project_dir=config.output, kwargs_handlers=[views])
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # while one process saves or merges, the others wait
+    try:
+        accelerator = Accelerator(log_with=config.log_with or None, project_dir=config.output, kwargs_handlers=[views, patience])
+    except ValueError as error:
+        raise BadInput(f"accelerate: {error}") from None
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise BadInput(f"--mixed_precision {accelerator.mixed_precision}: not supported, choose bf16 or no")
     if accelerator.is_fsdp2:
         if accelerator.mixed_precision == "bf16":  # accelerate's own policy would return log-probs in bf16
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -80,17 +87,19 @@ def start(config) -> tuple[Accelerator, list[Example], list[Example]]:
     if not config.data:
         raise BadInput("--data is missing: the file of training questions")
     check_at_least(config, prompts_per_step=1, micro_batch=1, save_every=1, eval_every=1, max_new_tokens=1, lr=0, seed=0)
-    check_at_least(config, lora_rank=0, lora_alpha=0, lora_dropout=0, keep_states=1)
+    check_at_least(config, lora_rank=0, lora_alpha=0, keep_states=1)
+    if not 0 <= config.lora_dropout < 1:
+        raise BadInput(f"--lora_dropout must be from 0 to below 1, not {config.lora_dropout}")
     if config.merge and not config.lora_rank:
         raise BadInput("--merge is for LoRA, and --lora_rank is 0: there are no adapters to merge")
-    if config.freeze_audio_encoder and config.lora_rank and config.lora_target == "all":
-        raise BadInput("--freeze_audio_encoder and --lora_target all contradict each other")
+    if config.freeze_audio_encoder and config.lora_rank and config.lora_target != "language":
+        raise BadInput("--freeze_audio_encoder is for training without LoRA; --lora_target says where adapters go")
     if config.prompts_per_step % (accelerator.num_processes * config.micro_batch):
         share = f"{accelerator.num_processes} process(es) x --micro_batch {config.micro_batch}"
         raise BadInput(f"--prompts_per_step {config.prompts_per_step} does not divide by {share}")
     examples = load_examples(config.data, config.audio_dir)
     eval_examples = load_examples(config.eval_data, config.audio_dir) if config.eval_data else []
-    missing = check_audio(examples + eval_examples, config.skip_bad_audio)
+    missing, unheard = (check_audio(part, config.skip_bad_audio) for part in (examples, eval_examples))
     used = os.path.exists(config.output) and (not os.path.isdir(config.output) or os.listdir(config.output))
     if used and not config.resume:
         raise BadInput(f"--output {config.output}: already holds a run or other files; --resume, remove it, or name another folder")
@@ -101,8 +110,8 @@ def start(config) -> tuple[Accelerator, list[Example], list[Example]]:
     accelerator.init_trackers("r1-aqa", asdict(config))
     if config.log_with and accelerator.is_main_process and not accelerator.trackers:
         raise BadInput(f"--log_with {config.log_with}: not installed, pip install {config.log_with}")
-    if missing:
-        accelerator.print(f"{missing} of {len(examples + eval_examples)} clips are missing; other rows will stand in for them")
+    if missing or unheard:
+        accelerator.print(f"clips missing: {missing} for training (other rows stand in), {unheard} held out (counted as wrong)")
     if accelerator.device.type == "cuda" and accelerator.mixed_precision == "no":
         accelerator.print("computing in fp32: `accelerate launch --mixed_precision bf16` is several times faster")
     return accelerator, examples, eval_examples
@@ -192,7 +201,7 @@ def next_batch(accelerator: Accelerator, processor, examples: list[Example], con
     """
     B, batch, waves, skipped = config.prompts_per_step // accelerator.num_processes, [], [], 0
     first = step * config.prompts_per_step + accelerator.process_index * B
-    torch.manual_seed(config.seed + first)  # of dropout, so that a resumed run draws the same
+    torch.manual_seed(config.seed + first)  # of LoRA's dropout, so that a resumed run draws the same
     for i in stream_indices(len(examples), config.seed, first, B):
         while len(waves) == len(batch):
             try:
@@ -292,14 +301,16 @@ def say_what_is_held(accelerator: Accelerator, policy, reference) -> None:
     )
 
 
-def check_finite(step: int, losses: list[torch.Tensor], grad_norm, batches: list[list[Example]]) -> None:
-    """Raise BadInput, before the weights are touched, if a micro-batch's loss or the gradient is not finite."""
-    if torch.isfinite(torch.stack([*losses, grad_norm.to(losses[0].device)])).all():
+def check_finite(accelerator: Accelerator, step: int, losses: list[torch.Tensor], grad_norm, batches: list[list[Example]]) -> None:
+    """Raise BadInput, before the update, if on any process a micro-batch's loss or the gradient is not finite."""
+    norm = float(grad_norm)  # under FSDP2 it is a distributed tensor
+    finite = torch.isfinite(torch.stack([*losses, losses[0].new_tensor(norm)]))
+    if accelerator.gather(finite.all()[None]).all():
         return
-    bad = [batch for loss, batch in zip(losses, batches) if not torch.isfinite(loss)] or batches
-    places = ", ".join(example.place for batch in bad for example in batch)
-    norm = f"the gradient norm is {float(grad_norm)}"
-    raise BadInput(f"step {step}: the loss is {[float(loss) for loss in losses]}, {norm}; no weight was changed. Examples: {places}")
+    bad = gather_object([example.place for ok, batch in zip(finite, batches) if not ok for example in batch])
+    bad = bad or gather_object([example.place for batch in batches for example in batch])
+    what = f"the loss is not finite, nor the gradient (its norm is {norm})"
+    raise BadInput(f"step {step}: {what}; this update was not made. Examples: {', '.join(bad)}")
 
 
 class Interrupted:

@@ -79,13 +79,16 @@ def undo(whole, output, step):
     ],
     ids=["GRPO", "GRPO with LoRA and dropout", "SFT", "SFT, frozen encoder"],
 )
-def test_a_resumed_run_is_the_run_that_never_stopped(folder, tmp_path, script, flags):
+def test_a_resumed_run_is_the_run_that_never_stopped(folder, tmp_path, capsys, script, flags):
     flags |= dict(keep_states=9)
     SCRIPTS[script].train(config(script, folder, tmp_path / "whole", **flags))
     for step in (2, 4):
         undo(tmp_path / "whole", tmp_path / f"from {step}", step)
         SCRIPTS[script].train(config(script, folder, tmp_path / f"from {step}", resume=True, **flags))
         assert_same_to_the_bit(tmp_path / "whole", tmp_path / f"from {step}")
+    with pytest.raises(SystemExit) as status:  # a run that has finished stays as it is
+        SCRIPTS[script].train(config(script, folder, tmp_path / "whole", resume=True, **flags))
+    assert not status.value.code and "is finished" in capsys.readouterr().out
 
 
 def test_a_checkpoint_is_a_model_and_a_state_without_pickle(folder, tmp_path):
@@ -115,6 +118,7 @@ def damage(path):
 
 BAD = {
     "other flags": (dict(lr=1.0, seed=7), None, r"another run: --lr 1.0 \(it was 0.01\), --seed 7 \(it was 42\)"),
+    "other questions": (dict(data="", audio_dir=""), None, "other.jsonl is not the file that the run was started with"),
     "damaged state": ({}, lambda state: damage(state / "process-0.safetensors"), "is damaged or of another model"),
     "no tensors": ({}, lambda state: (state / "process-0.safetensors").unlink(), "is damaged or of another model"),
     "state of something else": ({}, lambda state: (state / "state.json").write_text("[]"), "is damaged or of another model"),
@@ -124,8 +128,11 @@ BAD = {
 @pytest.mark.parametrize("flags, harm, says", BAD.values(), ids=BAD)
 def test_a_state_that_cannot_be_used_is_refused(folder, tmp_path, flags, harm, says):
     train_sft.train(config("train_sft", folder, tmp_path / "run", max_steps=2))
+    (tmp_path / "run" / "config.json").unlink()
     if harm:
         harm(tmp_path / "run" / "checkpoint-2" / "state")
+    (tmp_path / "other.jsonl").write_text((folder / "train.jsonl").read_text() * 2)
+    flags = {name: {"data": str(tmp_path / "other.jsonl"), "audio_dir": str(folder)}.get(name, value) for name, value in flags.items()}
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     with pytest.raises(BadInput, match=says):
         train_sft.train(config("train_sft", folder, tmp_path / "run", resume=True, **dict(max_steps=2) | flags))
@@ -134,7 +141,7 @@ def test_a_state_that_cannot_be_used_is_refused(folder, tmp_path, flags, harm, s
 
 def test_a_state_of_another_model_is_refused(folder, tmp_path):
     train_sft.train(config("train_sft", folder, tmp_path / "run", max_steps=2))
-    shutil.copytree(folder / "model", tmp_path / "model")
+    (tmp_path / "run" / "config.json").unlink()
     state = tmp_path / "run" / "checkpoint-2" / "state" / "state.json"
     text = json.loads(state.read_text())
     text["config"] |= dict(lora_rank=2)
@@ -244,7 +251,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(folde
 
     monkeypatch.setattr(train_grpo.Policy, "forward", breaks)
     stream = [f"train.jsonl:{i + 1}" for i in SCRIPTS[script].next_batch.__globals__["stream_indices"](24, 42, 4, 4)]
-    with pytest.raises(BadInput, match="step 1: the loss is .*nan.*no weight was changed") as error:
+    with pytest.raises(BadInput, match="step 1: the loss is not finite.*nan.*this update was not made") as error:
         SCRIPTS[script].train(config(script, folder, tmp_path / "run", eval_data="", micro_batch=1))
     assert len(updates) == 1
     assert [place for place in stream if str(error.value).endswith(place)] == [stream[2]]
@@ -275,6 +282,15 @@ def test_two_processes_resume_to_the_bit(folder, tmp_path, fsdp):
     undo(tmp_path / "whole", tmp_path / "run", 2)
     launch(RUN.format("train_grpo"), *as_flags(config("train_grpo", folder, tmp_path / "run", resume=True, **flags)), fsdp=fsdp)
     assert_same_to_the_bit(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4], ids=["all weights", "LoRA"])
+def test_fsdp2_in_bf16_starts_at_the_reference_and_learns(folder, tmp_path, lora_rank):
+    flags = as_flags(config("train_grpo", folder, tmp_path / "run", lr=0.1, lora_rank=lora_rank))
+    launch(SGD + RUN.format("train_grpo"), *flags, precision="bf16", fsdp=True)
+    lines, weights = result(tmp_path / "run")
+    assert lines[0]["kl"] == 0 < lines[-1]["kl"] and all(line["grad_norm"] > 0.01 for line in lines)
+    assert {weight.dtype for weight in weights.values()} == {torch.float32 if lora_rank else torch.bfloat16}
 
 
 @pytest.mark.parametrize("script, flags", [("train_grpo", {}), ("train_grpo", dict(lora_rank=4)), ("train_sft", dict(freeze_audio_encoder=True, gradient_checkpointing=True))],

@@ -178,6 +178,8 @@ def test_what_is_no_sound_is_refused_by_name(tmp_path):
     refused("text.wav", "cannot be read as audio")
     (tmp_path / "nothing.wav").touch()
     refused("nothing.wav", "cannot be read as audio")
+    (tmp_path / "text.raw").write_text("not a sound")
+    refused("text.raw", "cannot be read as audio")
     soundfile.write(tmp_path / "empty.wav", tone(0), 16_000)
     refused("empty.wav", "empty audio")
     soundfile.write(tmp_path / "nan.wav", np.where(tone() > 0.4, np.nan, tone()), 16_000, subtype="FLOAT")
@@ -328,8 +330,8 @@ def test_check_names_all_that_is_wrong(tmp_path, monkeypatch, capsys):
     rows = [
         OWN | {"id": 1, "task": "sound"},
         OWN | {"id": 1, "audio": "b.wav", "task": "music"},
-        OWN | {"audio": "c.wav", "choices": ["cat", "cat", "dog"], "task": "music"},
-        OWN | {"answer": "bird"},
+        OWN | {"id": None, "audio": "c.wav", "choices": ["cat", "cat", "dog"], "task": "music"},
+        OWN | {"id": None, "answer": "bird"},
         OWN | {"audio": "text.wav"},
         OWN | {"audio": "gone.wav"},
         OWN | {"choices": []},

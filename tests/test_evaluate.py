@@ -146,10 +146,10 @@ def test_decoding_by_the_models_own_generation_config(folder, tmp_path, monkeypa
     assert a == b != c and a != read(tmp_path, "eval", "predictions.json")
 
 
-@pytest.mark.parametrize("limit", [12, 11])
-def test_two_processes_score_each_row_once(folder, tmp_path, monkeypatch, flags, limit):
+@pytest.mark.parametrize("limit, fsdp", [(12, False), (11, False), (11, True)])
+def test_two_processes_score_each_row_once(folder, tmp_path, monkeypatch, flags, limit, fsdp):
     run_evaluate(monkeypatch, *flags, "--limit", limit)
-    launch("import evaluate; evaluate.main()", *flags, "--limit", limit, "--output", tmp_path / "two")
+    launch("import evaluate; evaluate.main()", *flags, "--limit", limit, "--output", tmp_path / "two", fsdp=fsdp)
     one, two = (read(tmp_path, name, "predictions.json") for name in ("eval", "two"))
     assert one == two and len(one) == limit
     one, two = (read(tmp_path, name, "results.json") for name in ("eval", "two"))
@@ -255,6 +255,12 @@ def test_rows_without_a_prediction_are_wrong_and_counted(tmp_path, monkeypatch, 
     results = read(tmp_path, "results.json")
     assert (results["correct"], results["total"], results["missing"]) == (1, 3, 2)
     assert "2 rows have no prediction" in capsys.readouterr().out
+
+
+def test_half_a_character_does_not_lose_the_results(tmp_path):
+    """JSON can hold half of a surrogate pair; UTF-8 cannot."""
+    evaluate.write_json(str(tmp_path / "p.json"), [{"completion": "half \ud83d, whole 😀"}])
+    assert read(tmp_path, "p.json") == [{"completion": "half \ud83d, whole 😀"}]
 
 
 def test_mmar_is_grouped_by_modality(tmp_path, monkeypatch):
@@ -365,6 +371,7 @@ BAD_PREDICTIONS = {
     "no rows": ([], "holds no rows"),
     "no options": ([{"answer": "a", "model_output": "a"}], "p.json: row 1: no list of options"),
     "not an object": ([ROW | {"model_output": "a"}, 3], "p.json: row 2: not a JSON object"),
+    "index is a float": ([{"multi_choice": ["a", "b"], "answer": 1.0, "model_output": "a"}], "index from 0 to 1, not 1.0"),
     "index": ([{"multi_choice": ["a", "b"], "answer": 2, "model_output": "a"}], "index from 0 to 1, not 2"),
 }
 

@@ -187,9 +187,10 @@ def test_a_merged_model_keeps_the_type_of_its_base(folder, lora, tmp_path):
 BAD = {
     "merge without LoRA": (dict(merge=True), "no adapters to merge"),
     "negative rank": (dict(lora_rank=-1), "--lora_rank must be at least 0"),
+    "dropout": (dict(lora_rank=2, lora_dropout=1.5), "--lora_dropout must be from 0 to below 1, not 1.5"),
     "target matches nothing": (dict(lora_rank=2, lora_target="nothing"), "--lora_target nothing: "),
     "target is no expression": (dict(lora_rank=2, lora_target="("), "--lora_target [(]: "),
-    "frozen and not": (dict(lora_rank=2, lora_target="all", freeze_audio_encoder=True), "contradict each other"),
+    "frozen and not": (dict(lora_rank=2, lora_target="all", freeze_audio_encoder=True), "is for training without LoRA"),
 }
 
 
@@ -210,5 +211,7 @@ def test_adapters_that_cannot_be_loaded_are_refused(folder, lora, tmp_path):
     (tmp_path / "damaged" / "adapter_model.safetensors").write_bytes(b"damaged")
     with pytest.raises(BadInput, match="damaged: cannot load the adapters"):
         load_model(str(tmp_path / "damaged"))
+    with pytest.raises(BadInput, match="merged: already there"):
+        merge(str(lora), str(lora / "merged"))
     with pytest.raises(BadInput, match="holds no LoRA adapters"):
         merge(str(lora / "merged"), str(tmp_path / "merged"))
