@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from data import BadInput, sha256, write_whole
-from training import base_of_adapter, load_model, local, read_metrics
+from data import BadInput, sha256, write_rows, write_whole
+from training import LOADABLE, base_of_adapter, load_model, local, read_metrics
 
 # what may change between a run and its resumption: weights do not depend on it (and the questions are known by their content)
 MAY_CHANGE = ("output", "resume", "save_every", "keep_states", "merge", "log_with", "eval_data", "eval_every", "data", "audio_dir")
@@ -41,17 +41,22 @@ def save_model(accelerator: Accelerator, folder: str, policy, model, processor, 
         write_whole(os.path.join(folder, "run.json"), json.dumps(asdict(config), indent=2))
 
 
+def shard_of(accelerator: Accelerator) -> tuple[int, int]:
+    """Which part of the state this process holds, and of how many; but for FSDP2 every process holds the same."""
+    return (accelerator.process_index, accelerator.num_processes) if accelerator.is_fsdp2 else (0, 1)
+
+
 def save_state(accelerator: Accelerator, folder: str, step: int, policy, optimizer, config) -> None:
     """What --resume needs besides: trained weights as they are and the optimizer's tensors, by name, of this process's shard."""
-    if accelerator.is_fsdp2 or accelerator.is_main_process:
+    shard, shards = shard_of(accelerator)
+    if shards > 1 or accelerator.is_main_process:
         tensors = {}
         for name, p in accelerator.unwrap_model(policy).named_parameters():
             if p.requires_grad:
                 tensors |= {f"{key} {name}": local(value) for key, value in {"weight": p.detach(), **optimizer.state[p]}.items()}
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, os.path.join(folder, f"process-{accelerator.process_index}.safetensors"))
+        save_file(tensors, os.path.join(folder, f"process-{shard}.safetensors"))
     if accelerator.is_main_process:
-        shards = accelerator.num_processes if accelerator.is_fsdp2 else 1
         state = {"step": step, "shards": shards, "data_sha256": sha256(config.data), "config": asdict(config)}
         write_whole(os.path.join(folder, "state.json"), json.dumps(state, indent=2))
 
@@ -62,7 +67,7 @@ def save_final(accelerator: Accelerator, policy, model, processor, config, adapt
     try:
         save_model(accelerator, aside, policy, model, processor, config, adapters)
         if accelerator.is_main_process:  # the file that makes a folder loadable comes last
-            for name in sorted(os.listdir(aside), key=lambda name: name in ("config.json", "adapter_config.json")):
+            for name in sorted(os.listdir(aside), key=lambda name: name in LOADABLE):
                 os.replace(os.path.join(aside, name), os.path.join(config.output, name))
             os.rmdir(aside)
             if config.merge:
@@ -109,7 +114,7 @@ def resume(accelerator: Accelerator, policy, optimizer, config) -> int:
     if not config.resume:
         return 0
     folders = list_states(config.output)
-    if any(os.path.exists(os.path.join(config.output, name)) for name in ("config.json", "adapter_config.json")):
+    if any(os.path.exists(os.path.join(config.output, name)) for name in LOADABLE):
         accelerator.print(f"--resume: the run in {config.output} is finished")
         accelerator.end_training()
         sys.exit()
@@ -124,8 +129,7 @@ def resume(accelerator: Accelerator, policy, optimizer, config) -> int:
         for left in glob.glob(os.path.join(glob.escape(config.output), "*.partial")):
             shutil.rmtree(left, ignore_errors=True)
         # what came after the checkpoint comes again
-        lines = [line for line in read_metrics(config) if line["step"] < step]
-        write_whole(os.path.join(config.output, "metrics.jsonl"), "".join(json.dumps(line) + "\n" for line in lines))
+        write_rows(os.path.join(config.output, "metrics.jsonl"), [line for line in read_metrics(config) if line["step"] < step])
     accelerator.wait_for_everyone()
     return step
 
@@ -141,20 +145,19 @@ def load_state(accelerator: Accelerator, folder: str, policy, optimizer, config)
             raise BadInput(f"--resume: these flags would make it another run: {flags}")
         if state["data_sha256"] != sha256(config.data):
             raise BadInput(f"--resume: {config.data} is not the file that the run was started with")
-        shards = accelerator.num_processes if accelerator.is_fsdp2 else 1
+        shard, shards = shard_of(accelerator)
         if state["shards"] != shards:
             raise BadInput(f"--resume: {folder} was saved in {state['shards']} shard(s), and this run has {shards}")
-        tensors = load_file(os.path.join(folder, f"process-{accelerator.process_index if accelerator.is_fsdp2 else 0}.safetensors"))
+        tensors = load_file(os.path.join(folder, f"process-{shard}.safetensors"))
         for name, p in accelerator.unwrap_model(policy).named_parameters():
             if p.requires_grad:
                 local(p.data).copy_(tensors.pop(f"weight {name}"))
                 for key in [key for key in tensors if key.endswith(f" {name}")]:
-                    value = tensors.pop(key).clone()  # no view of the file, which may be removed
-                    if value.dim():  # a moment, shaped and sharded as its parameter
-                        moment = torch.zeros_like(p.data)
-                        local(moment).copy_(value)
-                        value = moment
-                    optimizer.state[p][key.split()[0]] = value
+                    value = tensors.pop(key)
+                    # a moment is shaped and sharded as its parameter; a copy, for the file may be removed
+                    held = torch.zeros_like(p.data if value.dim() else value)
+                    local(held).copy_(value)
+                    optimizer.state[p][key.split()[0]] = held
         if tensors:
             raise BadInput(f"--resume: {folder} is of another model; it holds {next(iter(tensors))!r}")
         return state["step"]

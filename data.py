@@ -271,6 +271,11 @@ def write_whole(path: str, text: str) -> None:
         raise BadInput(f"{path}: cannot be written ({error.strerror})") from None
 
 
+def write_rows(path: str, rows: list) -> None:
+    """Write rows as JSON Lines, whole or not at all."""
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
 @dataclass
 class Finding:
     """One row and what is known of it."""
@@ -327,8 +332,8 @@ def convert_avqa(questions: str, audio_dir: str, output: str) -> None:
     if not kept:
         raise BadInput(f"{questions}: none of {len(lost)} rows can be used; the first: {lost[0]['reason']}")
     if lost:
-        write_whole(left_out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in lost))
-    write_whole(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+        write_rows(left_out, lost)
+    write_rows(output, kept)
     print(f"{len(kept) + len(lost)} questions: {len(kept)} found, {missing} without a clip, {len(lost) - missing} unusable")
     print(f"rows in {output}" + (f"; the others, each with its reason, in {left_out}" if lost else ""))
 

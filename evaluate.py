@@ -29,10 +29,9 @@ from data import PROMPTS, SAMPLE_RATE, BadInput, Example, check_audio, completio
 from data import load_audio, load_examples, make_batch, read_rows, sha256, to_example, write_whole
 from rewards import extract_answer, format_reward, mmau_match, paired_difference, wilson_interval
 from train_grpo import sample
-from training import check_at_least, load_model, make_folder, parse, run, with_whole_weights
+from training import LOADABLE, check_at_least, load_model, make_folder, parse, run, with_whole_weights
 
 GROUPS = ("task", "difficulty", "sub-category", "modality")  # keys of MMAU and, the last, of MMAR
-
 
 
 @dataclass
@@ -330,8 +329,7 @@ def settings(config: Config, prompt: str) -> dict:
 
 def evaluate_checkpoints(config: Config, accelerator: Accelerator, examples: list[Example]) -> None:
     """Evaluate each complete checkpoint of a run that has no results yet, then show the curve."""
-    models = ("config.json", "adapter_config.json")
-    paths = [path for name in models for path in glob.glob(os.path.join(glob.escape(config.checkpoints), "checkpoint-*", name))]
+    paths = [path for name in LOADABLE for path in glob.glob(os.path.join(glob.escape(config.checkpoints), "checkpoint-*", name))]
     paths = {int(path.split("-")[-1]): path for path in map(os.path.dirname, paths) if re.search(r"-\d+$", path)}
     if not paths:
         raise BadInput(f"--checkpoints {config.checkpoints}: holds no complete checkpoint-N")

@@ -117,6 +117,9 @@ def start(config) -> tuple[Accelerator, list[Example], list[Example]]:
     return accelerator, examples, eval_examples
 
 
+LOADABLE = ("config.json", "adapter_config.json")  # a folder with one of these is a model, or LoRA adapters of one
+
+
 def load_model(path: str, dtype="auto"):
     """A Qwen2-Audio model, known by its config and not by its name, and its processor. A LoRA adapter comes with its base."""
     if base := base_of_adapter(path):
@@ -314,7 +317,7 @@ def check_finite(accelerator: Accelerator, step: int, losses: list[torch.Tensor]
 
 
 class Interrupted:
-    """True from the first SIGTERM or Ctrl-C on; a second one, 5 s later or more, leaves at once."""
+    """Keeps the number of the first SIGTERM or Ctrl-C; a second one, 5 s later or more, leaves at once."""
 
     def __init__(self):
         self.number, self.since = 0, 0.0
