@@ -40,8 +40,8 @@ from transformers.hf_argparser import HfArg
 from checkpoints import resume, save_checkpoint, save_final
 from data import BadInput, Example, completion_mask, decode, eos_tokens, take
 from rewards import accuracy_reward, format_reward
-from training import Interrupted, check_at_least, check_finite, leave, load_frozen, load_policy, next_batch, parse, prepare
-from training import prepare_frozen, read_metrics, run, say_what_is_held, start, with_whole_weights, write_metrics
+from training import Interrupted, batches, check_at_least, check_finite, check_memory, leave, load_frozen, load_policy, parse, prepare
+from training import prepare_frozen, read_metrics, run, start, with_whole_weights, write_metrics
 
 
 @dataclass
@@ -81,16 +81,26 @@ class Config:
 # ------------------------------------------------------------------------------------------- 1. a group of samples
 
 
+def encode_audio(model, inputs: dict) -> torch.Tensor:
+    """The encoder's output (B, S, D_audio), run only as far as the longest clip sounds and not always 30 s, as its own forward."""
+    tower, frames = model.model.audio_tower, inputs["feature_attention_mask"].sum(-1)  # (B,) mel frames that carry sound
+    convolved, _ = tower._get_feat_extract_output_lengths(frames)  # (B,) after stride 2
+    longest = convolved.max()
+    features = inputs["input_features"][..., : 2 * longest + 1].to(tower.conv1.weight.dtype)  # the last frame looks one ahead
+    hidden = nn.functional.gelu(tower.conv2(nn.functional.gelu(tower.conv1(features))))[..., :longest].transpose(1, 2)
+    hidden = hidden + tower.embed_positions.weight[:longest]
+    heard = torch.arange(longest, device=frames.device) < convolved[:, None]  # (B, longest)
+    for layer in tower.layers:
+        hidden = layer(hidden, heard[:, None, None])
+    return tower.layer_norm(tower.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2))
+
+
 def embed_prompt(model, inputs: dict) -> torch.Tensor:
     """Prompt embeddings (B, P, D), the encoder's output written over the audio placeholders."""
-    tower = model.model.audio_tower
-    frames = inputs["feature_attention_mask"].sum(-1)  # (B,) mel frames that carry sound
-    convolved, pooled = tower._get_feat_extract_output_lengths(frames)  # (B,), (B,) after stride 2, after stride 4
-    window = inputs["input_features"].shape[-1]
-    heard = torch.arange(window // 2, device=frames.device) < convolved[:, None]  # (B, frames / 2)
-    audio = tower(inputs["input_features"], attention_mask=heard[:, None, None]).last_hidden_state
-    audio = model.model.multi_modal_projector(audio)  # (B, frames / 4, D)
-    audio = audio[torch.arange(window // 4, device=frames.device) < pooled[:, None]]  # (all placeholders, D)
+    audio = inputs["encoded_audio"] if "encoded_audio" in inputs else encode_audio(model, inputs)
+    audio = model.model.multi_modal_projector(audio)  # (B, S, D)
+    _, pooled = model.model.audio_tower._get_feat_extract_output_lengths(inputs["feature_attention_mask"].sum(-1))
+    audio = audio[torch.arange(audio.shape[1], device=audio.device) < pooled[:, None]]  # (all placeholders, D)
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     placeholder = inputs["input_ids"] == model.config.audio_token_id
     return embeds.masked_scatter(placeholder[..., None], audio.to(embeds.dtype))
@@ -102,10 +112,10 @@ def prompt_positions(attention_mask: torch.Tensor) -> torch.Tensor:
 
 
 def draw(logits: torch.Tensor, u: torch.Tensor, temperature: float) -> torch.Tensor:
-    """One token (N,) per row of logits (N, V): the first at which the cumulative probability reaches u (N,) in (0, 1]."""
+    """Tokens (B, G) of logits (B, G, V): the first at which the cumulative probability reaches u (B, G) in (0, 1]."""
     dtype = torch.float32 if logits.device.type == "mps" else torch.float64  # mps has none; fp32 sums of 156k terms err
     cdf = torch.softmax(logits / temperature, dim=-1, dtype=dtype).cumsum(-1)
-    return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:])[:, 0]  # times the last: the sum is not exactly 1
+    return torch.searchsorted(cdf, u[..., None] * cdf[..., -1:])[..., 0]  # times the last: the sum is not exactly 1
 
 
 def sampling_noise(seed: int, k: int, G: int, T: int) -> torch.Tensor:
@@ -125,39 +135,36 @@ def sample(model, inputs: dict, eos_ids: list[int], max_new_tokens: int, tempera
     """Completions of B prompts: ids (B, G, T), mask (B, G, T) True up to and including the first EOS.
 
     noise: uniform numbers in (0, 1], (B, G, max_new_tokens), one for each token, so that a sample depends on its own
-    numbers alone and not on batch or process; None: greedy, G = 1. The prompt runs once, then its KV cache is repeated G times.
+    numbers alone and not on batch or process; None: greedy, G = 1.
+    The prompt's KV cache is there once: its G completions are decoded in one row, each blind to the others.
     """
-    lm, prompt_mask = model.model.language_model, inputs["attention_mask"]
+    prompt_mask = inputs["attention_mask"]
     B, G = len(prompt_mask), 1 if noise is None else noise.shape[1]
     eos = torch.tensor(eos_ids, device=prompt_mask.device)
     cache = SamplingCache(config=model.config.text_config)
-    hidden = lm(
-        inputs_embeds=embed_prompt(model, inputs),
-        attention_mask=prompt_mask,
-        position_ids=prompt_positions(prompt_mask),
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state[:, -1]  # (B, D)
-    cache.batch_repeat_interleave(G)
-    hidden, mask = hidden.repeat_interleave(G, 0), prompt_mask.repeat_interleave(G, 0)  # (B*G, D), (B*G, P)
-    position, tokens = mask.sum(1, keepdim=True), []
-    done = torch.zeros(B * G, dtype=torch.bool, device=mask.device)
+
+    def forward(embeds, visible, position):
+        lm = model.model.language_model
+        return lm(
+            inputs_embeds=embeds, attention_mask=visible, position_ids=position, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+
+    hidden = forward(embed_prompt(model, inputs), prompt_mask, prompt_positions(prompt_mask))
+    hidden = hidden[:, -1:].expand(-1, G, -1)  # (B, G, D)
+    visible = prompt_mask.bool()[:, None, None].expand(-1, -1, G, -1)  # (B, 1, G, P), to grow by G a token
+    itself = torch.eye(G, dtype=torch.bool, device=visible.device).expand(B, 1, G, G)
+    position = prompt_mask.sum(1, keepdim=True).expand(-1, G)  # (B, G)
+    done, tokens = torch.zeros_like(position, dtype=torch.bool), []
     while True:
-        logits = model.lm_head(hidden).float()  # (B*G, V)
-        token = logits.argmax(-1) if noise is None else draw(logits, noise[..., len(tokens)].flatten(), temperature)
+        logits = model.lm_head(hidden).float()  # (B, G, V)
+        token = logits.argmax(-1) if noise is None else draw(logits, noise[..., len(tokens)], temperature)
         tokens.append(token)
         done |= torch.isin(token, eos)
         if len(tokens) == max_new_tokens or done.all():
             break
-        mask = torch.cat([mask, mask.new_ones(B * G, 1)], 1)
-        hidden = lm(
-            inputs_embeds=model.get_input_embeddings()(token[:, None]),
-            attention_mask=mask,
-            position_ids=position + len(tokens) - 1,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
-    ids = torch.stack(tokens, 1).view(B, G, -1)  # (B, G, T)
+        visible = torch.cat([visible, itself], -1)
+        hidden = forward(model.get_input_embeddings()(token), visible, position + len(tokens) - 1)
+    ids = torch.stack(tokens, -1)  # (B, G, T)
     return ids, completion_mask(ids, eos_ids)
 
 
@@ -266,19 +273,21 @@ def train(config: Config) -> None:
     device = accelerator.device
 
     model, processor, adapters = load_policy(config, accelerator)
+    check_memory(accelerator, model, config, config.group_size * config.max_new_tokens, bool(config.beta) and not adapters)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr, weight_decay=0.0)
     policy, optimizer = prepare(accelerator, Policy(model, config.temperature), optimizer)
     reference = policy if adapters and config.beta else None  # under LoRA it is the policy with its adapters off
     if config.beta and not adapters:
         reference = prepare_frozen(accelerator, Policy(load_frozen(config, accelerator)[0], config.temperature))
     first_step = resume(accelerator, policy, optimizer, config)
-    say_what_is_held(accelerator, policy, reference)
     eos_ids = eos_tokens(model, processor)
+    encoder_is_frozen = not any(p.requires_grad for p in model.model.audio_tower.parameters())
 
     B = config.prompts_per_step // accelerator.num_processes  # prompts of this process
     G, T = config.group_size, config.max_new_tokens
     micro_batches = [slice(i, i + config.micro_batch) for i in range(0, B, config.micro_batch)]
     steps, interrupted = range(first_step, config.max_steps), Interrupted()
+    data, seconds_logging = batches(accelerator, processor, examples, config, steps), 0.0
     bar = tqdm(steps, "GRPO", config.max_steps, initial=first_step, disable=not accelerator.is_main_process)
     for step in bar:
         metrics = {}
@@ -287,13 +296,22 @@ def train(config: Config) -> None:
 
         # 1. a group of completions for each prompt
         clock = [now()]
-        first, batch, inputs, clips = next_batch(accelerator, processor, examples, config, step)
+        first, batch, inputs, clips = next(data)
         # the numbers behind a sample belong to its prompt, so that processes and batches change nothing
         noise = [sampling_noise(config.seed, k, G, T) for k in range(first, first + B)]
+        noise = torch.stack(noise).to(device)  # (B, G, T)
+
+        @torch.no_grad()
+        def rollout():
+            if encoder_is_frozen:  # one encoding serves sampling, scoring and update
+                inputs["encoded_audio"] = encode_audio(model, inputs)
+            return sample(model, inputs, eos_ids, T, config.temperature, noise)
+
         policy.eval()
+        clock.append(now())
         with accelerator.autocast():
-            noise = torch.stack(noise).to(device)  # (B, G, T)
-            ids, mask = with_whole_weights(policy, lambda: sample(model, inputs, eos_ids, T, config.temperature, noise))
+            ids, mask = with_whole_weights(policy, rollout)
+        clock.append(now())
         texts = decode(processor, eos_ids, ids, mask)
 
         # 2. rewards (B, G) and advantages
@@ -336,6 +354,8 @@ def train(config: Config) -> None:
             optimizer.zero_grad()
         clock.append(now())
 
+        began, ready, sampled, rewarded, scored, updated = clock
+
         # what happened; every process has as many prompts, so the mean of the means is the mean
         loss, kl, clipped = torch.stack(losses).mean(0).tolist()
         spread, lengths = rewards.std(1), mask.sum(-1).float()
@@ -355,9 +375,10 @@ def train(config: Config) -> None:
             "truncated": unended.float().mean(),
             "unique_completions": np.mean([len(set(group)) for group in texts]),
             **clips,
-            "seconds_sample": clock[1] - clock[0],
-            "seconds_score": clock[2] - clock[1],
-            "seconds_update": clock[3] - clock[2],
+            "seconds_sample": sampled - ready,
+            "seconds_score": scored - rewarded,
+            "seconds_update": updated - scored,
+            "seconds_other": ready - began + rewarded - sampled + seconds_logging,
         }
         if config.prompt == "think":
             thoughts = processor.tokenizer([o.partition("<answer>")[0] for group in texts for o in group])["input_ids"]
@@ -369,10 +390,11 @@ def train(config: Config) -> None:
         metrics = write_metrics(accelerator, config, step, metrics)
         bar.set_postfix_str(
             f"reward {metrics['reward']:.2f} accuracy {metrics['reward_accuracy']:.2f} KL {metrics['kl']:.3f} "
-            f"{clock[3] - clock[0]:.2f} s/step"
+            f"{updated - began:.2f} s/step"
         )
         if step % config.save_every == 0:
             show_group(accelerator, step, batch[0], texts[0], rewards[0], advantages[0])
+        seconds_logging = time.perf_counter() - updated
         if (signal := interrupted.anywhere(accelerator)) or done % config.save_every == 0:
             save_checkpoint(accelerator, done, policy, optimizer, model, processor, config, adapters)
         if signal:

@@ -20,7 +20,7 @@ from checkpoints import resume, save_checkpoint, save_final
 from data import BadInput, Example, take
 from evaluate import eval_accuracy
 from train_grpo import Policy
-from training import Interrupted, check_finite, leave, load_policy, next_batch, parse, prepare, run, say_what_is_held, start
+from training import Interrupted, batches, check_finite, check_memory, leave, load_policy, parse, prepare, run, start
 from training import write_metrics
 
 
@@ -71,14 +71,15 @@ def train(config: Config) -> None:
         raise BadInput("nothing to do: --max_steps or --epochs must be above 0")
     device = accelerator.device
     model, processor, adapters = load_policy(config, accelerator)
+    check_memory(accelerator, model, config, completion_tokens=32, with_reference=False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr, weight_decay=0.0)
     policy, optimizer = prepare(accelerator, Policy(model), optimizer)
     first_step = resume(accelerator, policy, optimizer, config)
-    say_what_is_held(accelerator, policy, None)
 
     B = config.prompts_per_step // accelerator.num_processes  # examples of this process
     micro_batches = [slice(i, i + config.micro_batch) for i in range(0, B, config.micro_batch)]
     steps, interrupted = range(first_step, max_steps), Interrupted()
+    data = batches(accelerator, processor, examples, config, steps)
     bar = tqdm(steps, "SFT", max_steps, initial=first_step, disable=not accelerator.is_main_process)
     for step in bar:
         metrics = {}
@@ -86,7 +87,7 @@ def train(config: Config) -> None:
             metrics["eval_accuracy"] = eval_accuracy(accelerator, policy, processor, eval_examples, config)
 
         began = time.perf_counter()
-        _, batch, inputs, clips = next_batch(accelerator, processor, examples, config, step)
+        _, batch, inputs, clips = next(data)
         ids, mask = (tensor.to(device) for tensor in answer_batch(processor, batch, config.prompt))
         n_tokens = accelerator.reduce(mask.sum())  # answer tokens of the whole step
 

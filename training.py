@@ -10,6 +10,10 @@ import signal
 import sys
 import time
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import asdict
 from datetime import timedelta
 
@@ -33,6 +37,9 @@ def run(main) -> None:
         main()
     except BadInput as error:
         sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError as error:
+        helps = "--gradient_checkpointing, a smaller --micro_batch (training) or --batch_size (evaluation), --max_new_tokens or --lora_rank"
+        sys.exit(f"error: the GPU's memory is full ({str(error).split('. ')[0]}); what helps: {helps}")
 
 
 class Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -155,13 +162,18 @@ def base_of_adapter(path: str) -> str | None:
         raise BadInput(f"{path}/adapter_config.json: names no base model") from None
 
 
+def frozen_dtype(module: torch.nn.Module, accelerator: Accelerator) -> torch.dtype:
+    """Where a layer is not trained: under bf16 matrices lie in bf16, as autocast would cast them; the rest in fp32."""
+    is_matrix = isinstance(module, (torch.nn.Linear, torch.nn.Conv1d))
+    return torch.bfloat16 if is_matrix and accelerator.mixed_precision == "bf16" else torch.float32
+
+
 def load_frozen(config, accelerator: Accelerator):
-    """A model to compute with and not to train. Under bf16 its matrices lie in bf16, as autocast would cast them; the rest in fp32."""
+    """A model to compute with and not to train, and its processor."""
     model, processor = load_model(config.model)
     for module in model.modules():
         if not list(module.children()):
-            is_matrix = isinstance(module, (torch.nn.Linear, torch.nn.Conv1d))
-            module.to(torch.bfloat16 if is_matrix and accelerator.mixed_precision == "bf16" else torch.float32)
+            module.to(frozen_dtype(module, accelerator))
     return model.eval().requires_grad_(False), processor
 
 
@@ -197,14 +209,9 @@ def add_lora(model, config):
         raise BadInput(f"--lora_target {config.lora_target}: {str(error).splitlines()[0]}") from None
 
 
-def next_batch(accelerator: Accelerator, processor, examples: list[Example], config, step: int):
-    """This process's B examples of a step: their first place in the stream, themselves, model inputs, metrics of the clips.
-
-    Raises BadInput at a clip that cannot be read. With --skip_bad_audio the next row of the file stands in for it.
-    """
+def read_batch(accelerator: Accelerator, processor, examples: list[Example], config, first: int):
+    """B examples from a place in the stream on, as what `batches` yields. With --skip_bad_audio the next row stands in for a bad one."""
     B, batch, waves, skipped = config.prompts_per_step // accelerator.num_processes, [], [], 0
-    first = step * config.prompts_per_step + accelerator.process_index * B
-    torch.manual_seed(config.seed + first)  # of LoRA's dropout, so that a resumed run draws the same
     for i in stream_indices(len(examples), config.seed, first, B):
         while len(waves) == len(batch):
             try:
@@ -218,7 +225,29 @@ def next_batch(accelerator: Accelerator, processor, examples: list[Example], con
         batch.append(examples[i])
     inputs = make_batch(processor, batch, waves, config.prompt)
     clips = {"clips_cut": sum(is_cut(processor, wave) for wave in waves) / B, "clips_skipped": skipped / B}
-    return first, batch, {name: value.to(accelerator.device) for name, value in inputs.items()}, clips
+    return first, batch, inputs, clips
+
+
+def batches(accelerator: Accelerator, processor, examples: list[Example], config, steps: range) -> Iterator:
+    """For each step this process's B examples: their first place in the stream, themselves, model inputs, metrics of the clips.
+
+    A thread reads and prepares the next step's while this one computes. Raises BadInput at a clip that cannot be read.
+    """
+    processor = deepcopy(processor)  # a tokenizer is not to be used by two threads at once
+    B, jobs = config.prompts_per_step // accelerator.num_processes, deque()
+
+    def ready(job):
+        first, batch, inputs, clips = job.result()
+        torch.manual_seed(config.seed + first)  # of LoRA's dropout, so that a resumed run draws the same
+        return first, batch, {name: value.to(accelerator.device) for name, value in inputs.items()}, clips
+
+    with ThreadPoolExecutor(1) as thread:
+        for step in steps:
+            first = step * config.prompts_per_step + accelerator.process_index * B
+            jobs.append(thread.submit(read_batch, accelerator, processor, examples, config, first))
+            if len(jobs) == 2:
+                yield ready(jobs.popleft())
+        yield ready(jobs.popleft())
 
 
 def write_metrics(accelerator: Accelerator, config, step: int, metrics: dict) -> dict:
@@ -286,22 +315,61 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def say_what_is_held(accelerator: Accelerator, policy, reference) -> None:
-    """One line: parameters, and bytes on each process before any activation."""
+def check_memory(accelerator: Accelerator, model, config, completion_tokens: int, with_reference: bool) -> None:
+    """Say what each process will hold, in GB. Raises BadInput if its GPU has less; warns if activations may need more.
 
-    def gigabytes(parameters, each=None):
-        return sum(local(p).numel() * (each or p.element_size()) for p in parameters) / 1e9
-
-    weights, trained = list(policy.parameters()), [p for p in policy.parameters() if p.requires_grad]
-    held = {"weights": gigabytes(weights), "gradients": gigabytes(trained, 4), "AdamW": gigabytes(trained, 8)}
-    if reference is not None and reference is not policy:
-        held["reference"] = gigabytes(reference.parameters())
-    how = "sharded over" if accelerator.is_fsdp2 else "on each of"
+    completion_tokens: the most that one prompt's completions come to. Call it before anything is moved to the GPU.
+    """
+    weights, trained = list(model.parameters()), [p for p in model.parameters() if p.requires_grad]
+    n, shards = sum(p.numel() for p in trained), accelerator.num_processes if accelerator.is_fsdp2 else 1
+    held = {"weights": sum(p.numel() * p.element_size() for p in weights), "gradients": 4 * n, "AdamW": 8 * n}
+    if with_reference:
+        layers = [module for module in model.modules() if not list(module.children())]
+        held["reference"] = sum(p.numel() * frozen_dtype(layer, accelerator).itemsize for layer in layers for p in layer.parameters())
+    held = {name: size / shards / 1e9 for name, size in held.items()}
     accelerator.print(
-        f"{sum(p.numel() for p in weights) / 1e6:,.1f} M parameters, {sum(p.numel() for p in trained) / 1e6:,.1f} M of them trained, "
-        f"{how} {accelerator.num_processes} process(es); held by each, in GB, before activations: "
-        + ", ".join(f"{name} {value:.2f}" for name, value in held.items())
+        f"{sum(p.numel() for p in weights) / 1e6:,.1f} M parameters, {n / 1e6:,.1f} M of them trained, "
+        f"{'sharded over' if accelerator.is_fsdp2 else 'on each of'} {accelerator.num_processes} process(es); held by each, in GB, "
+        f"before activations: {', '.join(f'{name} {size:.2f}' for name, size in held.items())}"
     )
+    room, needed = free_memory(accelerator.device), sum(held.values())
+    helps = [] if config.lora_rank else ["--lora_rank 16", "--config_file fsdp.yaml on more GPUs"]
+    helps += ["--beta 0"] if with_reference else []
+    if needed > room:
+        raise BadInput(f"{needed:.1f} GB do not fit into the {room:.1f} GB that are free on the GPU; what helps: {', '.join(helps)}")
+    needed += activations(accelerator, model, config, completion_tokens)
+    if needed > room:
+        helps += [] if config.gradient_checkpointing else ["--gradient_checkpointing"]
+        helps += ["--micro_batch 1"] if config.micro_batch > 1 else []
+        accelerator.print(
+            f"may not fit: clips of full length and {completion_tokens} tokens of completions would take it to about {needed:.0f} GB, "
+            f"and {room:.0f} GB are free on the GPU; what helps: {', '.join(helps)}, a lower --max_new_tokens"
+        )
+
+
+def free_memory(device: torch.device) -> float:
+    """GB that are free on a GPU; elsewhere nothing is known."""
+    return torch.cuda.mem_get_info(device)[0] / 1e9 if device.type == "cuda" else float("inf")
+
+
+def activations(accelerator: Accelerator, model, config, completion_tokens: int) -> float:
+    """GB beyond what is held, about, at the most of sampling or update: clips as long as is heard, all completion tokens drawn."""
+    lm, encoder = model.config.text_config, model.config.audio_config
+    bf16, frames = accelerator.mixed_precision == "bf16", encoder.max_source_positions
+    tokens = frames // 2 + 100 + completion_tokens  # of one prompt, with 100 for its text
+    cache = tokens * 2 * lm.num_hidden_layers * lm.num_key_value_heads * (lm.hidden_size // lm.num_attention_heads)
+    gathered = sum(p.numel() for p in model.parameters()) if accelerator.is_fsdp2 else 0  # see with_whole_weights
+    sampling = (config.prompts_per_step // accelerator.num_processes * cache + gathered) * (2 if bf16 else 4)
+    # what autograd keeps in a layer, in bytes a token and unit of width: counted with saved_tensors_hooks
+    of_lm, of_encoder = (58, 42) if bf16 else (92, 68)
+    layers = tokens * lm.hidden_size * of_lm, frames * encoder.d_model * of_encoder
+    update = layers[0] * lm.num_hidden_layers + layers[1] * encoder.encoder_layers
+    if config.gradient_checkpointing:  # the input of each layer, 4 bytes, and one layer at a time
+        update = update * 4 / of_lm + max(layers)
+    logits = completion_tokens * lm.vocab_size * 16
+    # autocast keeps a bf16 copy of all that is trained until the backward pass; FSDP2 shards that too
+    copies = 2 * sum(p.numel() for p in model.parameters() if p.requires_grad) if bf16 and not accelerator.is_fsdp2 else 0
+    return max(sampling, config.micro_batch * (update + logits) + copies) / 1e9
 
 
 def check_finite(accelerator: Accelerator, step: int, losses: list[torch.Tensor], grad_norm, batches: list[list[Example]]) -> None:

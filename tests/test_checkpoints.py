@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import train_grpo
 import train_sft
 from checkpoints import list_states
-from data import BadInput
+from data import BadInput, stream_indices
 from evaluate import predict
 from training import Interrupted, load_model
 
@@ -250,7 +250,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(folde
         return sum(call == "graded" for call in calls) == 3
 
     monkeypatch.setattr(train_grpo.Policy, "forward", breaks)
-    stream = [f"train.jsonl:{i + 1}" for i in SCRIPTS[script].next_batch.__globals__["stream_indices"](24, 42, 4, 4)]
+    stream = [f"train.jsonl:{i + 1}" for i in stream_indices(24, 42, 4, 4)]
     with pytest.raises(BadInput, match="step 1: the loss is not finite.*nan.*this update was not made") as error:
         SCRIPTS[script].train(config(script, folder, tmp_path / "run", eval_data="", micro_batch=1))
     assert len(updates) == 1

@@ -11,7 +11,7 @@ from oracle import inputs_of, logps_one_by_one, logps_repeated, pad, prompt_alon
 
 import train_grpo
 from data import BadInput, decode, eos_tokens, take
-from train_grpo import Config, Policy, draw, group_advantages, grpo_loss, sample, shared_prompt_logps, train
+from train_grpo import Config, Policy, draw, encode_audio, group_advantages, grpo_loss, sample, shared_prompt_logps, train
 from training import load_model, parse
 
 
@@ -106,6 +106,21 @@ def test_the_policy_hears_the_audio(toy_model, examples):
     assert (logp - heard_otherwise).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("frames", [[199], [200], [150, 61], [60, 61, 62, 63], [5, 12]], ids=str)
+def test_the_encoder_runs_as_far_as_there_is_sound_and_says_the_same(toy_model, frames):
+    model, _ = toy_model
+    tower, heard = model.model.audio_tower, torch.tensor(frames)
+    inputs = {"input_features": torch.randn(len(frames), 64, 200, generator=torch.Generator().manual_seed(0))}
+    inputs["feature_attention_mask"] = (torch.arange(200) < heard[:, None]).long()
+    convolved, pooled = tower._get_feat_extract_output_lengths(heard)
+    mask = torch.arange(100) < convolved[:, None]
+    plain = tower(inputs["input_features"], attention_mask=mask[:, None, None]).last_hidden_state  # the whole window
+    ours = encode_audio(model, inputs)
+    assert ours.shape[1] == max(pooled)
+    for b, n in enumerate(pooled):
+        assert n > 0 and torch.allclose(ours[b, :n], plain[b, :n], atol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------------- sampling
 
 
@@ -120,6 +135,8 @@ def test_the_cache_lies_in_the_type_that_attention_computes_in(toy_model, exampl
             ids.append(sample(model, inputs, [0], 6, 1.0, noise)[0])
     assert [cache.layers[0].keys.dtype for cache in caches] == [torch.bfloat16, torch.float32]
     assert caches[0].layers[1].values.dtype == torch.bfloat16 and torch.equal(*ids)
+    (B, G, T), P = ids[0].shape, inputs["input_ids"].shape[1]
+    assert caches[0].layers[0].keys.shape[::2] == (B, P + G * (T - 1))  # the prompt is there once, not G times
 
 
 def test_first_tokens_follow_the_softmax(toy_model, examples):
@@ -395,6 +412,28 @@ def test_frozen_encoder_stays_and_the_rest_moves(folder, tmp_path, reward_by_len
     assert any("multi_modal_projector" in name for name in moved)
 
 
+@pytest.mark.parametrize("flags", [dict(freeze_audio_encoder=True), dict(lora_rank=4)], ids=["frozen encoder", "LoRA"])
+def test_a_frozen_encoder_runs_once_a_step_and_nothing_changes(folder, tmp_path, monkeypatch, reward_by_length, flags):
+    calls, plain_take = [], train_grpo.take
+    monkeypatch.setattr("train_grpo.encode_audio", lambda *args: calls.append(1) or encode_audio(*args))
+    train(config(folder, tmp_path / "once", lr=0.1, **flags))
+    assert len(calls) == 2  # steps
+    forget = lambda inputs, rows: {name: value for name, value in plain_take(inputs, rows).items() if name != "encoded_audio"}  # noqa: E731
+    monkeypatch.setattr("train_grpo.take", forget)
+    train(config(folder, tmp_path / "each time", lr=0.1, **flags))
+    assert len(calls) == 2 + 2 * (1 + 4 + 4)  # sampling, and reference and policy in micro-batches of 1
+    assert_same_metrics(metrics(tmp_path / "once"), metrics(tmp_path / "each time"))
+    once, each_time = weights(tmp_path / "once"), weights(tmp_path / "each time")
+    assert all(torch.allclose(once[name], each_time[name], atol=1e-6) for name in once)
+
+
+def test_an_encoder_that_learns_runs_every_time(folder, tmp_path, monkeypatch, reward_by_length):
+    calls = []
+    monkeypatch.setattr("train_grpo.encode_audio", lambda *args: calls.append(1) or encode_audio(*args))
+    train(config(folder, tmp_path / "run", lora_rank=4, lora_target="all", max_steps=1))
+    assert len(calls) == 1 + 4 + 4
+
+
 def test_gradient_checkpointing_changes_nothing(folder, tmp_path, reward_by_length):
     train(config(folder, tmp_path / "kept", max_steps=1, lr=0.1))
     train(config(folder, tmp_path / "recomputed", max_steps=1, lr=0.1, gradient_checkpointing=True))
@@ -409,7 +448,7 @@ def test_metrics_checkpoints_and_evaluation(folder, tmp_path):
     train(config(folder, tmp_path / "run", **flags))
     lines = metrics(tmp_path / "run")
     keys = "step reward reward_accuracy reward_format reward_std zero_std_groups kl clip_fraction loss grad_norm lr"
-    keys += " completion_tokens truncated unique_completions seconds_sample seconds_score seconds_update"
+    keys += " completion_tokens truncated unique_completions seconds_sample seconds_score seconds_update seconds_other"
     assert [line["step"] for line in lines] == [0, 1, 2]
     assert all(set(keys.split()) <= set(line) for line in lines)
     assert ["eval_accuracy" in line for line in lines] == [True, False, True]
