@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from data import BadInput, sha256, write_rows, write_whole
-from training import LOADABLE, base_of_adapter, load_model, local, read_metrics
+from model import LOADABLE, base_of_adapter, load_model
+from training import local, read_metrics
 
 # what may change between a run and its resumption: weights do not depend on it (and the questions are known by their content)
 MAY_CHANGE = ("output", "resume", "save_every", "keep_states", "merge", "log_with", "eval_data", "eval_every", "data", "audio_dir")

@@ -27,9 +27,10 @@ from transformers.hf_argparser import HfArg
 
 from data import PROMPTS, SAMPLE_RATE, BadInput, Example, check_audio, completion_mask, decode, eos_tokens, is_cut
 from data import load_audio, load_examples, make_batch, read_rows, sha256, to_example, write_whole
+from model import LOADABLE, load_model
 from rewards import extract_answer, format_reward, mmau_match, paired_difference, wilson_interval
 from train_grpo import sample
-from training import LOADABLE, check_at_least, load_model, make_folder, parse, run, with_whole_weights
+from training import check_at_least, make_folder, parse, run, with_whole_weights
 
 GROUPS = ("task", "difficulty", "sub-category", "modality")  # keys of MMAU and, the last, of MMAR
 

@@ -23,7 +23,6 @@ What differs from the paper and from its code, and why:
 - A step is one rollout with its `num_iterations` updates (upstream: 1); lr, logs and checkpoints count steps.
 """
 
-import os
 import sys
 import time
 from contextlib import nullcontext
@@ -39,9 +38,10 @@ from transformers.hf_argparser import HfArg
 
 from checkpoints import resume, save_checkpoint, save_final
 from data import BadInput, Example, completion_mask, decode, eos_tokens, take
+from model import check_memory, embed_prompt, encode_audio, load_frozen, load_policy, prompt_positions
 from rewards import accuracy_reward, format_reward
-from training import Interrupted, batches, check_at_least, check_finite, check_memory, leave, load_frozen, load_policy, parse, prepare
-from training import prepare_frozen, read_metrics, run, start, with_whole_weights, write_metrics
+from training import Interrupted, batches, check_at_least, check_finite, leave, parse, prepare, prepare_frozen
+from training import read_metrics, run, start, with_whole_weights, write_metrics
 
 
 @dataclass
@@ -79,36 +79,6 @@ class Config:
 
 
 # ------------------------------------------------------------------------------------------- 1. a group of samples
-
-
-def encode_audio(model, inputs: dict) -> torch.Tensor:
-    """The encoder's output (B, S, D_audio), run only as far as the longest clip sounds and not always 30 s, as its own forward."""
-    tower, frames = model.model.audio_tower, inputs["feature_attention_mask"].sum(-1)  # (B,) mel frames that carry sound
-    convolved, _ = tower._get_feat_extract_output_lengths(frames)  # (B,) after stride 2
-    longest = convolved.max()
-    features = inputs["input_features"][..., : 2 * longest + 1].to(tower.conv1.weight.dtype)  # the last frame looks one ahead
-    hidden = nn.functional.gelu(tower.conv2(nn.functional.gelu(tower.conv1(features))))[..., :longest].transpose(1, 2)
-    hidden = hidden + tower.embed_positions.weight[:longest]
-    heard = torch.arange(longest, device=frames.device) < convolved[:, None]  # (B, longest)
-    for layer in tower.layers:
-        hidden = layer(hidden, heard[:, None, None])
-    return tower.layer_norm(tower.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2))
-
-
-def embed_prompt(model, inputs: dict) -> torch.Tensor:
-    """Prompt embeddings (B, P, D), the encoder's output written over the audio placeholders."""
-    audio = inputs["encoded_audio"] if "encoded_audio" in inputs else encode_audio(model, inputs)
-    audio = model.model.multi_modal_projector(audio)  # (B, S, D)
-    _, pooled = model.model.audio_tower._get_feat_extract_output_lengths(inputs["feature_attention_mask"].sum(-1))
-    audio = audio[torch.arange(audio.shape[1], device=audio.device) < pooled[:, None]]  # (all placeholders, D)
-    embeds = model.get_input_embeddings()(inputs["input_ids"])
-    placeholder = inputs["input_ids"] == model.config.audio_token_id
-    return embeds.masked_scatter(placeholder[..., None], audio.to(embeds.dtype))
-
-
-def prompt_positions(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Position ids (B, P) that start at 0 where the left padding ends; transformers would count the padding too."""
-    return (attention_mask.cumsum(-1) - 1).clamp_min(0)
 
 
 def draw(logits: torch.Tensor, u: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -19,9 +19,9 @@ from transformers.hf_argparser import HfArg
 from checkpoints import resume, save_checkpoint, save_final
 from data import BadInput, Example, take
 from evaluate import eval_accuracy
+from model import check_memory, load_policy
 from train_grpo import Policy
-from training import Interrupted, batches, check_finite, check_memory, leave, load_policy, parse, prepare, run, start
-from training import write_metrics
+from training import Interrupted, batches, check_finite, leave, parse, prepare, run, start, write_metrics
 
 
 @dataclass

@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import toy  # noqa: E402
 from data import load_examples  # noqa: E402
-from training import load_model  # noqa: E402
+from model import load_model  # noqa: E402
 
 torch.set_num_threads(2)
 

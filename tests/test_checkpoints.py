@@ -20,7 +20,8 @@ import train_sft
 from checkpoints import list_states
 from data import BadInput, stream_indices
 from evaluate import predict
-from training import Interrupted, load_model
+from model import load_model
+from training import Interrupted
 
 SCRIPTS = {"train_grpo": train_grpo, "train_sft": train_sft}
 # an untrained model is never right; rewarding odd lengths gives a step something to learn

@@ -9,7 +9,7 @@ from oracle import inputs_of
 
 import data
 from data import PROMPTS, BadInput, Example, chat_text, check_audio, is_cut, load_audio, load_examples, stream_indices
-from training import load_model
+from model import load_model
 
 OWN = {"audio": "a.wav", "question": "What is in the video?", "choices": ["dog", "cat"], "answer": "cat"}
 AVQA = {"id": 1, "video_name": "x_y-z_000030", "video_id": 1, "question_text": "What is in the video?", "multi_choice": ["dog", "cat"], "answer": 1, "question_relation": "Both", "question_type": "Which"}  # fmt: skip

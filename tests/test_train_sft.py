@@ -9,10 +9,10 @@ from oracle import inputs_of, prompt_alone
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from data import BadInput
-from train_sft import Config, answer_batch, train
 from checkpoints import merge
-from training import load_model
+from data import BadInput
+from model import load_model
+from train_sft import Config, answer_batch, train
 
 
 def config(folder, output, **flags):

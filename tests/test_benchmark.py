@@ -1,0 +1,76 @@
+import json
+
+import benchmark
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+TINY = (4, 2, (3, 5))  # G, seconds of sound, completion tokens
+
+
+@pytest.fixture(scope="module")
+def small():
+    return benchmark.make_model("small")
+
+
+def test_both_ways_say_the_same_and_sharing_keeps_less(small):
+    found = benchmark.compare(small, *TINY, repeats=1)  # which asserts that the log-probs agree
+    assert found["ratio"].keys() == {"prefill", "sample", "score", "update", "memory"}
+    assert found["ratio"]["memory"] > 4
+
+
+def test_ways_that_differ_are_not_compared(small, monkeypatch):
+    monkeypatch.setattr(benchmark, "shared_logps", lambda *args: benchmark.shared_prompt_logps(*args, 0.9))
+    with pytest.raises(AssertionError):
+        benchmark.compare(small, *TINY, repeats=1)
+
+
+def test_the_arithmetic_is_what_is_computed(small):
+    """Against torch's own count, which sees all matrix products but those within attention."""
+    G, clip_seconds, T = 4, 10, 12
+    inputs, ids, mask = benchmark.make_group(small, 1, G, clip_seconds, (T, T))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        benchmark.shared_logps(small, inputs, ids, mask)
+    attention = 4 * 500**2 * 256 * 2, 4 * 512 * 8 * (310**2 / 2 + G * T * (310 + T / 2))
+    ours = sum(benchmark.needed_flops(small, G, clip_seconds, T).values()) - sum(attention)
+    assert ours == pytest.approx(counter.get_total_flops(), rel=0.05)  # convolutions and projector are left out
+
+
+def test_the_small_model_splits_its_cost_as_the_real_one(small):
+    with torch.device("meta"):
+        from transformers import Qwen2AudioConfig, Qwen2AudioEncoderConfig, Qwen2AudioForConditionalGeneration, Qwen2Config
+
+        text = Qwen2Config(vocab_size=156_032, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_key_value_heads=32)
+        real = Qwen2AudioForConditionalGeneration(Qwen2AudioConfig(audio_config=Qwen2AudioEncoderConfig(), text_config=text))
+    shares = []
+    for model in (small, real):
+        split = benchmark.needed_flops(model, 8, 10, 13, frames=1500)
+        shares.append([part / sum(split.values()) for part in split.values()])
+    assert shares[0] == pytest.approx(shares[1], abs=0.03)
+
+
+def test_numbers_go_to_a_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "SETTINGS", [TINY])
+    monkeypatch.setattr(benchmark, "update_seconds", lambda *args: 1.0)
+    monkeypatch.setattr(benchmark, "whole_step", lambda *args: {"sample": 1.0, "score": 1.0, "update": 1.0})
+    monkeypatch.setattr("sys.argv", ["benchmark.py", "--json", str(tmp_path / "found.json")])
+    benchmark.main()
+    (row,) = json.load(open(tmp_path / "found.json"))["settings"]
+    assert (row["group_size"], row["clip_seconds"], row["completion_tokens"]) == (4, 2, [3, 5])
+    assert f"| {row['ratio']['update']:.1f} |" in capsys.readouterr().out
+
+
+def test_the_step_is_a_step():
+    """Adapters move, the rest stays, and each part takes time."""
+    model = benchmark.make_model("small")
+    step = benchmark.whole_step(model, micro_batch=1, B=2)
+    assert min(step["sample"], step["score"], step["update"]) > 0
+    assert all(("lora_" in name) == p.requires_grad for name, p in model.named_parameters())
+    assert all(p.any() for name, p in model.named_parameters() if "lora_B" in name)  # which start at zero
+
+
+def test_the_real_size_asks_for_a_gpu(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["benchmark.py", "--size", "7b"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="--size 7b needs a CUDA GPU"):
+        benchmark.main()
