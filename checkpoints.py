@@ -130,7 +130,7 @@ def resume(accelerator: Accelerator, policy, optimizer, config) -> int:
         for left in glob.glob(os.path.join(glob.escape(config.output), "*.partial")):
             shutil.rmtree(left, ignore_errors=True)
         # what came after the checkpoint comes again
-        write_rows(os.path.join(config.output, "metrics.jsonl"), [line for line in read_metrics(config) if line["step"] < step])
+        write_rows(os.path.join(config.output, "metrics.jsonl"), [line for line in read_metrics(config.output) if line["step"] < step])
     accelerator.wait_for_everyone()
     return step
 

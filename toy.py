@@ -2,6 +2,7 @@
 
     python toy.py            # writes runs/toy: wav files, train.jsonl, test.jsonl, and base, a model right about half of the time
     python toy.py compare    # the paper's comparison on it: SFT and GRPO, all weights and LoRA, with and without thinking
+    python toy.py curves     # draws curves.svg: the last run of train_grpo.py without flags
 
 The files are of the kinds that the real run reads, and the model is a real Qwen2-Audio of 1.0 M parameters with a window
 of 2 s, so everything downstream is the real code. Questions are of MMAU's three tasks, two kinds each.
@@ -30,8 +31,8 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from data import PROMPTS, SAMPLE_RATE, BadInput
-from training import run
+from data import PROMPTS, SAMPLE_RATE, BadInput, write_whole
+from training import read_metrics, run
 
 FOLDER = "runs/toy"
 SECONDS = 2
@@ -297,10 +298,51 @@ def compare() -> None:
     print("\n".join(table))
 
 
+# ------------------------------------------------------------------------------------------------------- the picture
+
+
+def chart(left: int, title: str, top: float, unit: str, series: dict[str, list[tuple[int, float]]]) -> list[str]:
+    """A line chart as SVG: points (step, value), values from 0 to top, drawn from `left` on."""
+    last, width, height = max(points[-1][0] for points in series.values()), 300, 180
+    svg = [f'<text x="{left}" y="24" font-weight="bold">{title}</text>']
+    for part in (0, 0.5, 1):
+        y = 50 + height * (1 - part)
+        svg += [f'<path d="M{left} {y}h{width}" stroke="#ddd"/><text x="{left - 6}" y="{y + 4}" text-anchor="end">{part * top:g}{unit}</text>']
+        svg += [f'<text x="{left + width * part}" y="{height + 68}" text-anchor="middle">{part * last:.0f}</text>']
+    for n, (colour, (label, points)) in enumerate(zip(("#1f77b4", "#ff7f0e"), series.items())):
+        path = " ".join(f"{left + width * step / last:.1f},{50 + height * (1 - value / top):.1f}" for step, value in points)
+        svg += [f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>']
+        svg += [f'<text x="{left + width}" y="{height + 20 - 16 * n}" text-anchor="end" fill="{colour}">{label}</text>']
+    return svg
+
+
+def curves(folder: str, target: str) -> None:
+    """Draw a run of GRPO: accuracy on held-out questions and of its own samples, and how far it is from the reference."""
+    lines = read_metrics(folder)
+    if not lines:
+        raise BadInput(f"{folder}: holds no run; accelerate launch train_grpo.py makes one")
+
+    def smooth(key):  # means of ten steps
+        parts = [lines[i : i + 10] for i in range(0, len(lines), 10)]
+        return [(part[-1]["step"], float(np.mean([line[key] for line in part]))) for part in parts]
+
+    held_out = [(line["step"], 100 * line["eval_accuracy"]) for line in lines if "eval_accuracy" in line]
+    sampled = [(step, 100 * value) for step, value in smooth("reward_accuracy")]
+    kl = smooth("kl")
+    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 740 270" font-family="sans-serif" font-size="12">']
+    svg += ['<rect width="740" height="270" fill="white"/>']
+    svg += chart(50, "accuracy", 100, " %", {"held-out questions, greedy": held_out, "samples, mean of 10 steps": sampled})
+    svg += chart(420, "KL to the reference", 0.05 * np.ceil(20 * max(value for _, value in kl)), "", {"mean of 10 steps": kl})
+    svg += ['<text x="200" y="264" text-anchor="middle">step</text><text x="570" y="264" text-anchor="middle">step</text></svg>']
+    write_whole(target, "\n".join(svg) + "\n")
+
+
 def main() -> None:
-    if sys.argv[1:] not in ([], ["compare"]):
-        raise BadInput("toy.py takes nothing, or the word compare")
-    compare() if sys.argv[1:] else make()
+    commands = {"": make, "compare": compare, "curves": lambda: curves(f"{FOLDER}/grpo", "curves.svg")}
+    word = " ".join(sys.argv[1:])
+    if word not in commands:
+        raise BadInput("toy.py takes nothing, or one of the words compare and curves")
+    commands[word]()
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -112,14 +113,9 @@ def sample(model, inputs: dict, eos_ids: list[int], max_new_tokens: int, tempera
     B, G = len(prompt_mask), 1 if noise is None else noise.shape[1]
     eos = torch.tensor(eos_ids, device=prompt_mask.device)
     cache = SamplingCache(config=model.config.text_config)
-
-    def forward(embeds, visible, position):
-        lm = model.model.language_model
-        return lm(
-            inputs_embeds=embeds, attention_mask=visible, position_ids=position, past_key_values=cache, use_cache=True
-        ).last_hidden_state
-
-    hidden = forward(embed_prompt(model, inputs), prompt_mask, prompt_positions(prompt_mask))
+    lm = partial(model.model.language_model, past_key_values=cache, use_cache=True)
+    embeds, position = embed_prompt(model, inputs), prompt_positions(prompt_mask)
+    hidden = lm(inputs_embeds=embeds, attention_mask=prompt_mask, position_ids=position).last_hidden_state
     hidden = hidden[:, -1:].expand(-1, G, -1)  # (B, G, D)
     visible = prompt_mask.bool()[:, None, None].expand(-1, -1, G, -1)  # (B, 1, G, P), to grow by G a token
     itself = torch.eye(G, dtype=torch.bool, device=visible.device).expand(B, 1, G, G)
@@ -133,7 +129,8 @@ def sample(model, inputs: dict, eos_ids: list[int], max_new_tokens: int, tempera
         if len(tokens) == max_new_tokens or done.all():
             break
         visible = torch.cat([visible, itself], -1)
-        hidden = forward(model.get_input_embeddings()(token), visible, position + len(tokens) - 1)
+        embeds = model.get_input_embeddings()(token)
+        hidden = lm(inputs_embeds=embeds, attention_mask=visible, position_ids=position + len(tokens) - 1).last_hidden_state
     ids = torch.stack(tokens, -1)  # (B, G, T)
     return ids, completion_mask(ids, eos_ids)
 
@@ -372,7 +369,7 @@ def train(config: Config) -> None:
 
     save_final(accelerator, policy, model, processor, config, adapters)
     if eval_examples:
-        curve = {line["step"]: line["eval_accuracy"] for line in read_metrics(config) if "eval_accuracy" in line}
+        curve = {line["step"]: line["eval_accuracy"] for line in read_metrics(config.output) if "eval_accuracy" in line}
         before, after = curve.get(0, np.nan), curve.get(config.max_steps - 1, np.nan)
         accelerator.print(f"held-out accuracy: {before:.1%} before, {after:.1%} after {config.max_steps} steps")
     accelerator.print(f"the model is in {config.output}, its curves in {config.output}/metrics.jsonl")

@@ -175,10 +175,10 @@ def write_metrics(accelerator: Accelerator, config, step: int, metrics: dict) ->
     return metrics
 
 
-def read_metrics(config) -> list[dict]:
-    """The lines of metrics.jsonl; a killed run may have left half a line, which is passed over."""
+def read_metrics(folder: str) -> list[dict]:
+    """The lines of a run's metrics.jsonl; a killed run may have left half a line, which is passed over."""
     try:
-        with open(os.path.join(config.output, "metrics.jsonl")) as file:
+        with open(os.path.join(folder, "metrics.jsonl")) as file:
             return [json.loads(line) for line in file if line.endswith("\n")]
     except OSError:
         return []

@@ -6,6 +6,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import evaluate
 import toy
 import train_grpo
 import train_sft
-from data import load_audio, load_examples
+from data import BadInput, load_audio, load_examples
 from training import parse
 
 ROOT = Path(__file__).parent.parent
@@ -152,6 +153,25 @@ def test_the_comparison_runs_each_method_with_each_seed_and_reuses_what_is_there
     assert len(ran) == before
 
 
+def test_the_picture_draws_what_the_run_wrote(tmp_path):
+    lines = [{"step": step, "reward_accuracy": 0.5, "kl": 0.12 * step / 19} for step in range(20)]
+    lines[0]["eval_accuracy"], lines[19]["eval_accuracy"] = 0.25, 1.0
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    toy.curves(str(tmp_path), str(tmp_path / "curves.svg"))
+    svg = ElementTree.parse(tmp_path / "curves.svg").getroot()
+    held_out, sampled, kl = [line.get("points") for line in svg.iter("{http://www.w3.org/2000/svg}polyline")]
+    # 300 wide from 50 on, 180 high down to 230
+    assert held_out == "50.0,185.0 350.0,50.0" and sampled == f"{50 + 300 * 9 / 19:.1f},140.0 350.0,140.0"
+    means = [0.12 * 4.5 / 19, 0.12 * 14.5 / 19]  # on a scale that ends at 0.1
+    assert [float(point.split(",")[1]) for point in kl.split()] == pytest.approx([230 - 1800 * mean for mean in means], abs=0.1)
+
+
+def test_no_run_makes_no_picture(tmp_path):
+    with pytest.raises(BadInput, match="holds no run"):
+        toy.curves(str(tmp_path), str(tmp_path / "curves.svg"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_unknown_word_is_refused():
     done = command(ROOT, "toy.py", "compete")
-    assert done.returncode == 1 and done.stderr == "error: toy.py takes nothing, or the word compare\n"
+    assert done.returncode == 1 and done.stderr == "error: toy.py takes nothing, or one of the words compare and curves\n"
