@@ -22,7 +22,7 @@ from data import BadInput, sha256, write_rows, write_whole
 from model import LOADABLE, base_of_adapter, load_model
 from training import local, read_metrics
 
-# what may change between a run and its resumption: weights do not depend on it (and the questions are known by their content)
+# flags that a resumed run may change: what was computed before it does not depend on them (questions are known by their content)
 MAY_CHANGE = ("output", "resume", "save_every", "keep_states", "merge", "log_with", "eval_data", "eval_every", "data", "audio_dir")
 MAY_CHANGE += ("skip_bad_audio", "micro_batch", "gradient_checkpointing")
 
@@ -58,7 +58,8 @@ def save_state(accelerator: Accelerator, folder: str, step: int, policy, optimiz
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(tensors, os.path.join(folder, f"process-{shard}.safetensors"))
     if accelerator.is_main_process:
-        state = {"step": step, "shards": shards, "data_sha256": sha256(config.data), "config": asdict(config)}
+        settings = asdict(config) | {"mixed_precision": accelerator.mixed_precision}
+        state = {"step": step, "shards": shards, "data_sha256": sha256(config.data), "config": settings}
         write_whole(os.path.join(folder, "state.json"), json.dumps(state, indent=2))
 
 
@@ -140,9 +141,10 @@ def load_state(accelerator: Accelerator, folder: str, policy, optimizer, config)
     try:
         with open(os.path.join(folder, "state.json")) as file:
             state = json.load(file)
-        changed = [name for name, value in asdict(config).items() if name not in MAY_CHANGE and state["config"][name] != value]
+        settings = asdict(config) | {"mixed_precision": accelerator.mixed_precision}
+        changed = [name for name, value in settings.items() if name not in MAY_CHANGE and state["config"][name] != value]
         if changed:
-            flags = ", ".join(f"--{name} {getattr(config, name)} (it was {state['config'][name]})" for name in changed)
+            flags = ", ".join(f"--{name} {settings[name]} (it was {state['config'][name]})" for name in changed)
             raise BadInput(f"--resume: these flags would make it another run: {flags}")
         if state["data_sha256"] != sha256(config.data):
             raise BadInput(f"--resume: {config.data} is not the file that the run was started with")

@@ -139,9 +139,10 @@ def find_clip(row: dict, place: str, folder: str) -> str:
     name = row.get(key)
     if not isinstance(name, str) or not name.strip():
         raise BadInput(f"{place}: no audio (key 'audio', 'audio_path', 'audio_id' or 'video_name')")
-    if key == "video_name":  # original AVQA: `<youtube id>_000030`, extracted under one of several names
-        video = name.rsplit("_", 1)[0]
-        names = [f"{stem}.{kind}" for kind in ("wav", "flac", "mp3", "ogg") for stem in (f"{video}_30", name, f"{video}_000000")]
+    if key == "video_name":  # original AVQA: `<youtube id>_<start in six digits>`, extracted under one of several names
+        video, _, start = name.rpartition("_")
+        stems = f"{video}_{start.lstrip('0')}", name, f"{video}_000000"
+        names = [f"{stem}.{kind}" for kind in ("wav", "flac", "mp3", "ogg") for stem in stems]
     else:
         names = [name, os.path.basename(name)]
     paths = [os.path.normpath(os.path.join(folder, name)) for name in names]

@@ -373,7 +373,7 @@ def ask(config: Config) -> None:
     prompt = prompt_style(config, config.model)
     model, processor = load_model(config.model)
     model.to(Accelerator().device).eval()
-    (prediction,) = predict(model, processor, [example], prompt, 1, config.max_new_tokens, config.decoding, quiet=True)
+    (prediction,) = predict(model, processor, [example], prompt, 1, config.max_new_tokens, config.decoding, config.silence, quiet=True)
     print(prediction.completion)
     if is_cut(processor, wave):
         print(f"(only the first {processor.feature_extractor.chunk_length} s were heard)")

@@ -51,7 +51,7 @@ def base_of_adapter(path: str) -> str | None:
 
 
 def frozen_dtype(module: nn.Module, accelerator: Accelerator) -> torch.dtype:
-    """Where a layer is not trained: under bf16 matrices lie in bf16, as autocast would cast them; the rest in fp32."""
+    """What `load_frozen` keeps a layer in: under bf16 matrices in bf16, as autocast would cast them; the rest in fp32."""
     is_matrix = isinstance(module, (nn.Linear, nn.Conv1d))
     return torch.bfloat16 if is_matrix and accelerator.mixed_precision == "bf16" else torch.float32
 
@@ -159,9 +159,10 @@ def check_memory(accelerator: Accelerator, model, config, completion_tokens: int
     if needed > room:
         helps += [] if config.gradient_checkpointing else ["--gradient_checkpointing"]
         helps += ["--micro_batch 1"] if config.micro_batch > 1 else []
+        helps += ["a lower --max_new_tokens"] if hasattr(config, "group_size") else []
         accelerator.print(
             f"may not fit: clips of full length and {completion_tokens} tokens of completions would take it to about {needed:.0f} GB, "
-            f"and {room:.0f} GB are free on the GPU; what helps: {', '.join(helps)}, a lower --max_new_tokens"
+            f"and {room:.0f} GB are free on the GPU; what helps: {', '.join(helps)}"
         )
 
 

@@ -327,6 +327,7 @@ def curves(folder: str, target: str) -> None:
         return [(part[-1]["step"], float(np.mean([line[key] for line in part]))) for part in parts]
 
     held_out = [(line["step"], 100 * line["eval_accuracy"]) for line in lines if "eval_accuracy" in line]
+    lines = [line for line in lines if "kl" in line]  # the last is the final model's accuracy alone
     sampled = [(step, 100 * value) for step, value in smooth("reward_accuracy")]
     kl = smooth("kl")
     svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 740 270" font-family="sans-serif" font-size="12">']

@@ -6,15 +6,16 @@
 
 One step, for each of `prompts_per_step` questions q with their audio:
 
-    o_1..o_G ~ pi_theta(. | q)                  a group of G completions                        sample
+    o_1..o_G ~ pi_old(. | q)                    a group of G completions                        sample
     r_i = accuracy + format                     text against text                               rewards.py
     A_i = (r_i - mean(r)) / (std(r) + 1e-4)     good or bad compared with the group             group_advantages
     log pi(o_i | q)                             policy and reference, prompt computed once      shared_prompt_logps
-    L                                           clipped surrogate minus beta KL                 grpo_loss
+    L = - (clipped surrogate - beta KL)         with rho = pi_theta / pi_old                    grpo_loss
 
 What differs from the paper and from its code, and why:
-- Audio and prompt are computed once per group, not G times: the same numbers, several times faster.
-- Every log-prob is of the distribution that is sampled (logits / T), in fp32 from the logits on.
+- Audio and prompt are computed once per group, not G times, in sampling, scoring and update: the same numbers, many times faster.
+- The encoder runs as far as there is sound, not always over 30 s: the same numbers.
+- Every log-prob is of the distribution that is sampled (logits / temperature), in fp32 from the logits on.
 - Accuracy compares text with text. Upstream asks math_verify first, which takes "B. 3" for "D. 3".
 - Prompts are never cut. Upstream cuts them to 512 tokens (18 s of audio), but only where it scores.
 - Any number of prompts a forward. Upstream tiles the features of several prompts against the order of their masks.
@@ -56,7 +57,7 @@ class Config:
     output: str = HfArg(default="runs/grpo", help="folder for metrics, checkpoints and the final model")
     prompt: str = HfArg(default="answer", help="plain, answer or think: prompt, format reward and extraction together")
     group_size: int = HfArg(default=8, help="G, completions drawn per prompt")
-    temperature: float = HfArg(default=1.0, help="T, divides the logits in sampling and in scoring")
+    temperature: float = HfArg(default=1.0, help="divides the logits in sampling and in scoring")
     max_new_tokens: int = HfArg(default=256, help="a completion that has not ended by then is cut and counted")
     prompts_per_step: int = HfArg(default=16, help="prompts per step, all processes together")
     micro_batch: int = HfArg(default=1, help="prompts in one scored forward on one process; changes memory, not results")
@@ -72,7 +73,7 @@ class Config:
     freeze_audio_encoder: bool = HfArg(default=False, help="train the language model and the projector only")
     lora_rank: int = HfArg(default=0, help="train adapters of this rank (LoRA) in place of the weights; 0: train the weights")
     lora_alpha: float = HfArg(default=32.0, help="what the adapters add is multiplied by alpha / rank")
-    lora_dropout: float = HfArg(default=0.0, help="dropout before the adapters")
+    lora_dropout: float = HfArg(default=0.0, help="dropout before the adapters; above 0 the scored policy is not quite the one that sampled")
     lora_target: str = HfArg(default="language", help="layers with adapters: language, all (the encoder's too), or a regular expression")
     merge: bool = HfArg(default=False, help="LoRA: also write the final model with its adapters merged, to merged in --output")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations in the backward pass: less memory")
@@ -90,12 +91,12 @@ def draw(logits: torch.Tensor, u: torch.Tensor, temperature: float) -> torch.Ten
 
 
 def sampling_noise(seed: int, k: int, G: int, T: int) -> torch.Tensor:
-    """Uniform numbers (G, T) in (0, 1] for the k-th prompt of a run; the 1 tells them from the order of the data."""
+    """Uniform numbers (G, T) in (0, 1] for the k-th prompt of a run; 1: a stream apart from that of the data's order."""
     return 1 - torch.from_numpy(np.random.default_rng((seed, k, 1)).random((G, T), np.float32))
 
 
 class SamplingCache(DynamicCache):
-    """A KV cache in the type that attention computes in: rotary embeddings leave fp32, and autocast goes back to bf16."""
+    """A KV cache with its keys in the type of its values: under autocast rotary embeddings return fp32, twice the size."""
 
     def update(self, keys, values, *args, **kwargs):
         return super().update(keys.to(values.dtype), values, *args, **kwargs)
@@ -117,10 +118,11 @@ def sample(model, inputs: dict, eos_ids: list[int], max_new_tokens: int, tempera
     embeds, position = embed_prompt(model, inputs), prompt_positions(prompt_mask)
     hidden = lm(inputs_embeds=embeds, attention_mask=prompt_mask, position_ids=position).last_hidden_state
     hidden = hidden[:, -1:].expand(-1, G, -1)  # (B, G, D)
-    visible = prompt_mask.bool()[:, None, None].expand(-1, -1, G, -1)  # (B, 1, G, P), to grow by G a token
-    itself = torch.eye(G, dtype=torch.bool, device=visible.device).expand(B, 1, G, G)
-    position = prompt_mask.sum(1, keepdim=True).expand(-1, G)  # (B, G)
-    done, tokens = torch.zeros_like(position, dtype=torch.bool), []
+    # each round adds G columns, a token of every completion, of which a completion sees its own
+    visible = prompt_mask.bool()[:, None, None].expand(-1, -1, G, -1)  # (B, 1, G, P + G rounds)
+    own = torch.eye(G, dtype=torch.bool, device=visible.device).expand(B, 1, G, G)
+    first_position = prompt_mask.sum(1, keepdim=True).expand(-1, G)  # (B, G)
+    done, tokens = torch.zeros_like(first_position, dtype=torch.bool), []
     while True:
         logits = model.lm_head(hidden).float()  # (B, G, V)
         token = logits.argmax(-1) if noise is None else draw(logits, noise[..., len(tokens)], temperature)
@@ -128,9 +130,9 @@ def sample(model, inputs: dict, eos_ids: list[int], max_new_tokens: int, tempera
         done |= torch.isin(token, eos)
         if len(tokens) == max_new_tokens or done.all():
             break
-        visible = torch.cat([visible, itself], -1)
-        embeds = model.get_input_embeddings()(token)
-        hidden = lm(inputs_embeds=embeds, attention_mask=visible, position_ids=position + len(tokens) - 1).last_hidden_state
+        visible = torch.cat([visible, own], -1)
+        embeds, position = model.get_input_embeddings()(token), first_position + len(tokens) - 1
+        hidden = lm(inputs_embeds=embeds, attention_mask=visible, position_ids=position).last_hidden_state
     ids = torch.stack(tokens, -1)  # (B, G, T)
     return ids, completion_mask(ids, eos_ids)
 
@@ -147,21 +149,23 @@ def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def shared_prompt_logps(model, inputs: dict, ids: torch.Tensor, mask: torch.Tensor, temperature: float):
-    """Log-probs (B, G, T), fp32, of completions ids (B, G, T) under softmax(logits / T); 0 where mask is False.
+    """Log-probs (B, G, T), fp32, of completions ids (B, G, T) under softmax(logits / temperature); 0 where mask is False.
 
-    One row per prompt: [prompt, o_1, ..., o_G], nothing between. A completion sees the prompt and itself, and its
-    positions go on from the prompt's, so each token sees what it would see in a row of its own.
+    One row per prompt: [prompt, o_1, ..., o_G], without the filler behind their ends. A completion sees the prompt and
+    itself, and its positions go on from the prompt's, so each token sees what it would see in a row of its own:
+
+        prompt p1 p2, o_1 = a1 a2, o_2 = b1      position 0 1 2 3 2      b1 sees p1 p2 b1
     """
     (B, G, T), P = ids.shape, inputs["attention_mask"].shape[1]
     prompt_mask, mask = inputs["attention_mask"].bool(), mask.flatten(1)  # (B, P), (B, G*T)
-    # places in G*T, those of real tokens first: the N columns after the prompt. mask 110 100 -> places 0 1 3
+    # places in G*T, those of real tokens first: the N columns after the prompt. G 2, T 3, mask 110 100: places 0 1 3
     packed = (~mask).long().argsort(dim=1, stable=True)[:, : mask.sum(1).max()]  # (B, N)
     real = mask.gather(1, packed)
-    group, t = packed // T, packed % T
+    completion, t = packed // T, packed % T
     tokens = ids.flatten(1).gather(1, packed)
 
-    # segment: 0 the prompt, 1..G the completions, -1 padding
-    segment = torch.cat([prompt_mask.long() - 1, torch.where(real, group + 1, -1)], 1)  # (B, P+N)
+    # segment: 0 the prompt, 1..G the completions, -1 padding, which sees itself and is seen by no other
+    segment = torch.cat([prompt_mask.long() - 1, torch.where(real, completion + 1, -1)], 1)  # (B, P+N)
     position = torch.cat([prompt_positions(prompt_mask), prompt_mask.sum(1, keepdim=True) + t], 1)
     query, key = segment[:, :, None], segment[:, None, :]
     # seen: the prompt and one's own completion, up to one's own position
@@ -195,7 +199,7 @@ class Policy(nn.Module):
         return shared_prompt_logps(self.model, inputs, ids, mask, self.temperature)
 
     def call(self, function):
-        """For FSDP2, which must see whatever runs the model (`with_whole_weights`)."""
+        """Any other use of the model, such as sampling, through the module that FSDP2 wraps: see `with_whole_weights`."""
         return function()
 
 
@@ -207,6 +211,7 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, epsilon: float, beta: 
 
     logp, old_logp, ref_logp, mask: (B, G, T); advantages: (B, G); ref_logp may be None where beta is 0.
     L = - mean_i 1/|o_i| sum_t [min(rho A_i, clip(rho, 1 - eps, 1 + eps) A_i) - beta kl]    arXiv 2402.03300, eq. 3
+    rho = exp(logp - old_logp)                                                              i: over G, and here over B
     kl = exp(ref - logp) - (ref - logp) - 1                                                 its eq. 4 (k3)
     """
     rho, A = torch.exp(logp - old_logp), advantages[..., None]
@@ -240,11 +245,12 @@ def train(config: Config) -> None:
     device = accelerator.device
 
     model, processor, adapters = load_policy(config, accelerator)
-    check_memory(accelerator, model, config, config.group_size * config.max_new_tokens, bool(config.beta) and not adapters)
+    own_reference = config.beta > 0 and adapters is None  # under LoRA it is the policy with its adapters off
+    check_memory(accelerator, model, config, config.group_size * config.max_new_tokens, own_reference)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr, weight_decay=0.0)
     policy, optimizer = prepare(accelerator, Policy(model, config.temperature), optimizer)
-    reference = policy if adapters and config.beta else None  # under LoRA it is the policy with its adapters off
-    if config.beta and not adapters:
+    reference = policy if config.beta > 0 else None
+    if own_reference:
         reference = prepare_frozen(accelerator, Policy(load_frozen(config, accelerator)[0], config.temperature))
     first_step = resume(accelerator, policy, optimizer, config)
     eos_ids = eos_tokens(model, processor)
@@ -254,7 +260,8 @@ def train(config: Config) -> None:
     G, T = config.group_size, config.max_new_tokens
     micro_batches = [slice(i, i + config.micro_batch) for i in range(0, B, config.micro_batch)]
     steps, interrupted = range(first_step, config.max_steps), Interrupted()
-    data, seconds_logging = batches(accelerator, processor, examples, config, steps), 0.0
+    data = batches(accelerator, processor, examples, config, steps)
+    seconds_logging = 0.0  # of the step before
     bar = tqdm(steps, "GRPO", config.max_steps, initial=first_step, disable=not accelerator.is_main_process)
     for step in bar:
         metrics = {}
@@ -262,23 +269,22 @@ def train(config: Config) -> None:
             metrics["eval_accuracy"] = eval_accuracy(accelerator, policy, processor, eval_examples, config)
 
         # 1. a group of completions for each prompt
-        clock = [now()]
+        clock = {"began": now()}
         first, batch, inputs, clips = next(data)
         # the numbers behind a sample belong to its prompt, so that processes and batches change nothing
         noise = [sampling_noise(config.seed, k, G, T) for k in range(first, first + B)]
         noise = torch.stack(noise).to(device)  # (B, G, T)
 
         @torch.no_grad()
-        def rollout():
-            if encoder_is_frozen:  # one encoding serves sampling, scoring and update
-                inputs["encoded_audio"] = encode_audio(model, inputs)
-            return sample(model, inputs, eos_ids, T, config.temperature, noise)
+        def rollout():  # one encoding, by a frozen encoder, serves sampling, scoring and update
+            heard = inputs | {"encoded_audio": encode_audio(model, inputs)} if encoder_is_frozen else inputs
+            return heard, *sample(model, heard, eos_ids, T, config.temperature, noise)
 
         policy.eval()
-        clock.append(now())
+        clock["ready"] = now()
         with accelerator.autocast():
-            ids, mask = with_whole_weights(policy, rollout)
-        clock.append(now())
+            inputs, ids, mask = with_whole_weights(policy, rollout)
+        clock["sampled"] = now()
         texts = decode(processor, eos_ids, ids, mask)
 
         # 2. rewards (B, G) and advantages
@@ -287,19 +293,19 @@ def train(config: Config) -> None:
         accuracy, well_formed = torch.tensor(accuracy), torch.tensor(well_formed)
         rewards = accuracy + well_formed
         advantages = group_advantages(rewards).to(device)
-        clock.append(now())
+        clock["rewarded"] = now()
 
         # 3. the reference's log-probs
         ref_logp = [None] * len(micro_batches)
-        if reference:
+        if reference is not None:
             with torch.no_grad(), accelerator.autocast(), adapters.disable_adapter() if adapters else nullcontext():
                 ref_logp = [reference(take(inputs, rows), ids[rows], mask[rows]) for rows in micro_batches]
-        clock.append(now())
+        clock["scored"] = now()
 
         # 4. the policy's, the loss and the update; old_logp is what the first pass finds, before any update
         policy.train()
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * (1 - step / config.max_steps)
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = config.lr * (1 - step / config.max_steps)
         old_logp, losses = [], []
         for iteration in range(config.num_iterations):
             for i, rows in enumerate(micro_batches):
@@ -319,9 +325,7 @@ def train(config: Config) -> None:
             check_finite(accelerator, step, of_this_update, grad_norm, [batch[rows] for rows in micro_batches])
             optimizer.step()
             optimizer.zero_grad()
-        clock.append(now())
-
-        began, ready, sampled, rewarded, scored, updated = clock
+        clock["updated"] = now()
 
         # what happened; every process has as many prompts, so the mean of the means is the mean
         loss, kl, clipped = torch.stack(losses).mean(0).tolist()
@@ -342,26 +346,23 @@ def train(config: Config) -> None:
             "truncated": unended.float().mean(),
             "unique_completions": np.mean([len(set(group)) for group in texts]),
             **clips,
-            "seconds_sample": sampled - ready,
-            "seconds_score": scored - rewarded,
-            "seconds_update": updated - scored,
-            "seconds_other": ready - began + rewarded - sampled + seconds_logging,
+            "seconds_sample": clock["sampled"] - clock["ready"],
+            "seconds_score": clock["scored"] - clock["rewarded"],
+            "seconds_update": clock["updated"] - clock["scored"],
+            "seconds_other": clock["ready"] - clock["began"] + clock["rewarded"] - clock["sampled"] + seconds_logging,
         }
         if config.prompt == "think":
             thoughts = processor.tokenizer([o.partition("<answer>")[0] for group in texts for o in group])["input_ids"]
             thinking = np.mean([len(thought) for thought in thoughts])
             metrics |= {"thinking_tokens": thinking, "answer_tokens": lengths.mean() - thinking}
-        done = step + 1
-        if done == config.max_steps and eval_examples:
-            metrics["eval_accuracy"] = eval_accuracy(accelerator, policy, processor, eval_examples, config)
         metrics = write_metrics(accelerator, config, step, metrics)
         bar.set_postfix_str(
             f"reward {metrics['reward']:.2f} accuracy {metrics['reward_accuracy']:.2f} KL {metrics['kl']:.3f} "
-            f"{updated - began:.2f} s/step"
+            f"{clock['updated'] - clock['began']:.2f} s/step"
         )
         if step % config.save_every == 0:
             show_group(accelerator, step, batch[0], texts[0], rewards[0], advantages[0])
-        seconds_logging = time.perf_counter() - updated
+        seconds_logging, done = now() - clock["updated"], step + 1
         if (signal := interrupted.anywhere(accelerator)) or done % config.save_every == 0:
             save_checkpoint(accelerator, done, policy, optimizer, model, processor, config, adapters)
         if signal:
@@ -369,9 +370,10 @@ def train(config: Config) -> None:
 
     save_final(accelerator, policy, model, processor, config, adapters)
     if eval_examples:
-        curve = {line["step"]: line["eval_accuracy"] for line in read_metrics(config.output) if "eval_accuracy" in line}
-        before, after = curve.get(0, np.nan), curve.get(config.max_steps - 1, np.nan)
-        accelerator.print(f"held-out accuracy: {before:.1%} before, {after:.1%} after {config.max_steps} steps")
+        after = eval_accuracy(accelerator, policy, processor, eval_examples, config)
+        write_metrics(accelerator, config, config.max_steps, {"eval_accuracy": after})
+        before = next((line["eval_accuracy"] for line in read_metrics(config.output) if "eval_accuracy" in line), after)
+        accelerator.print(f"held-out accuracy: {before:.1%} at first, {after:.1%} after {config.max_steps} steps")
     accelerator.print(f"the model is in {config.output}, its curves in {config.output}/metrics.jsonl")
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -71,7 +71,7 @@ def train(config: Config) -> None:
         raise BadInput("nothing to do: --max_steps or --epochs must be above 0")
     device = accelerator.device
     model, processor, adapters = load_policy(config, accelerator)
-    check_memory(accelerator, model, config, completion_tokens=32, with_reference=False)
+    check_memory(accelerator, model, config, completion_tokens=32, with_reference=False)  # an answer is short
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr, weight_decay=0.0)
     policy, optimizer = prepare(accelerator, Policy(model), optimizer)
     first_step = resume(accelerator, policy, optimizer, config)
@@ -89,11 +89,11 @@ def train(config: Config) -> None:
         began = time.perf_counter()
         _, batch, inputs, clips = next(data)
         ids, mask = (tensor.to(device) for tensor in answer_batch(processor, batch, config.prompt))
-        n_tokens = accelerator.reduce(mask.sum())  # answer tokens of the whole step
+        n_tokens = accelerator.reduce(mask.sum(), "sum")  # answer tokens of the whole step
 
         policy.train()
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * (1 - step / max_steps)
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = config.lr * (1 - step / max_steps)
         losses = []
         for rows in micro_batches:
             # FSDP2 would have to keep gradients whole to add them up before it sends them
@@ -110,10 +110,8 @@ def train(config: Config) -> None:
         optimizer.zero_grad()
 
         metrics |= {"loss": sum(losses), "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], **clips}
-        metrics |= {"answer_tokens": n_tokens, "seconds": time.perf_counter() - began}
+        metrics |= {"tokens": n_tokens, "seconds": time.perf_counter() - began}
         done = step + 1
-        if done == max_steps and eval_examples:
-            metrics["eval_accuracy"] = eval_accuracy(accelerator, policy, processor, eval_examples, config)
         metrics = write_metrics(accelerator, config, step, metrics)
         bar.set_postfix_str(f"loss {metrics['loss']:.3f} {metrics['seconds']:.2f} s/step")
         if (signal := interrupted.anywhere(accelerator)) or done % config.save_every == 0:
@@ -122,6 +120,9 @@ def train(config: Config) -> None:
             leave(accelerator, signal, done, max_steps)
 
     save_final(accelerator, policy, model, processor, config, adapters)
+    if eval_examples:
+        accuracy = eval_accuracy(accelerator, policy, processor, eval_examples, config)
+        write_metrics(accelerator, config, max_steps, {"eval_accuracy": accuracy})
     accelerator.print(f"the model is in {config.output}, its curves in {config.output}/metrics.jsonl")
     accelerator.wait_for_everyone()
     accelerator.end_training()

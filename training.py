@@ -126,16 +126,19 @@ def read_batch(accelerator: Accelerator, processor, examples: list[Example], con
     """B examples from a place in the stream on, as what `batches` yields. With --skip_bad_audio the next row stands in for a bad one."""
     B, batch, waves, skipped = config.prompts_per_step // accelerator.num_processes, [], [], 0
     for i in stream_indices(len(examples), config.seed, first, B):
-        while len(waves) == len(batch):
+        for example in [*examples[i:], *examples[:i]]:
             try:
-                waves.append(load_audio(examples[i].audio))
+                waves.append(load_audio(example.audio))
+                break
             except BadInput as error:
+                bad = BadInput(f"{example.place}: {error}")
+                if not config.skip_bad_audio:
+                    raise bad from None
+                tqdm.write(f"skipped: {bad}")
                 skipped += 1
-                if not config.skip_bad_audio or skipped > len(examples):
-                    raise BadInput(f"{examples[i].place}: {error}") from None
-                tqdm.write(f"skipped: {examples[i].place}: {error}")
-                i = (i + 1) % len(examples)
-        batch.append(examples[i])
+        else:
+            raise bad  # none is left to stand in
+        batch.append(example)
     inputs = make_batch(processor, batch, waves, config.prompt)
     clips = {"clips_cut": sum(is_cut(processor, wave) for wave in waves) / B, "clips_skipped": skipped / B}
     return first, batch, inputs, clips
@@ -202,7 +205,7 @@ def prepare_frozen(accelerator: Accelerator, policy):
 def with_whole_weights(policy, function):
     """function(), which may run the model as often as it likes on this process.
 
-    Under FSDP2 each forward gathers weights from all processes, and sampling takes another number of them on each: so
+    Under FSDP2 each forward gathers weights from all processes, and in sampling they run unequal numbers of forwards: so
     all weights are gathered once, before, and given back after.
     """
     shards = [module for module in policy.modules() if isinstance(module, FSDPModule)]
@@ -235,8 +238,8 @@ def check_finite(accelerator: Accelerator, step: int, losses: list[torch.Tensor]
     if accelerator.gather(finite.all()[None]).all():
         return
     bad = gather_object([example.place for ok, batch in zip(finite, batches) if not ok for example in batch])
+    what = f"the loss is not finite (the gradient's norm is {norm})" if bad else f"the gradient is not finite (its norm is {norm})"
     bad = bad or gather_object([example.place for batch in batches for example in batch])
-    what = f"the loss is not finite, nor the gradient (its norm is {norm})"
     raise BadInput(f"step {step}: {what}; this update was not made. Examples: {', '.join(bad)}")
 
 

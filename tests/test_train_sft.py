@@ -83,7 +83,7 @@ def test_two_processes_make_the_same_update(folder, tmp_path, monkeypatch):
         *as_flags(config(folder, tmp_path / "two", lr=0.1)),
     )
     for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
-        for name in ("loss", "grad_norm", "answer_tokens"):
+        for name in ("loss", "grad_norm", "tokens"):
             assert two[name] == pytest.approx(one[name], rel=1e-4), name
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
