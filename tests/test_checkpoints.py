@@ -113,6 +113,15 @@ def test_what_a_killed_save_left_is_no_checkpoint(folder, tmp_path, capsys):
     assert_same_to_the_bit(tmp_path / "whole", tmp_path / "run")
 
 
+def test_another_precision_is_refused(folder, tmp_path):
+    train_sft.train(config("train_sft", folder, tmp_path / "run", save_every=2, max_steps=3, eval_data=""))
+    (tmp_path / "run" / "config.json").unlink()  # as if killed before the end
+    state = tmp_path / "run" / "checkpoint-2" / "state" / "state.json"
+    state.write_text(state.read_text().replace('"mixed_precision": "no"', '"mixed_precision": "bf16"'))
+    with pytest.raises(BadInput, match=r"another run: --mixed_precision no \(it was bf16\)"):
+        train_sft.train(config("train_sft", folder, tmp_path / "run", save_every=2, max_steps=3, eval_data="", resume=True))
+
+
 def damage(path):
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -289,7 +298,7 @@ def test_two_processes_resume_to_the_bit(folder, tmp_path, fsdp):
 def test_fsdp2_in_bf16_starts_at_the_reference_and_learns(folder, tmp_path, lora_rank):
     flags = as_flags(config("train_grpo", folder, tmp_path / "run", lr=0.1, lora_rank=lora_rank))
     launch(SGD + RUN.format("train_grpo"), *flags, precision="bf16", fsdp=True)
-    lines, weights = result(tmp_path / "run")
+    (*lines, _), weights = result(tmp_path / "run")
     assert lines[0]["kl"] == 0 < lines[-1]["kl"] and all(line["grad_norm"] > 0.01 for line in lines)
     assert {weight.dtype for weight in weights.values()} == {torch.float32 if lora_rank else torch.bfloat16}
 

@@ -57,6 +57,12 @@ def test_avqa_clips_are_found_under_every_known_name(tmp_path, name):
     assert example.audio == str(tmp_path / "clips" / name)
 
 
+def test_avqa_clips_may_begin_elsewhere(tmp_path):
+    (tmp_path / "x_y-z_110.wav").touch()
+    rows = write(tmp_path / "rows", [AVQA | {"video_name": "x_y-z_000110"}])
+    assert load_examples(rows, str(tmp_path))[0].audio == str(tmp_path / "x_y-z_110.wav")
+
+
 def test_clips_are_found_in_the_folder_itself_too(tmp_path):
     (tmp_path / "a.wav").touch()
     assert load_examples(write(tmp_path / "rows", [MMAU]), str(tmp_path))[0].audio == str(tmp_path / "a.wav")

@@ -38,7 +38,7 @@ def test_links_within_the_repository_lead_somewhere():
 def test_commands_name_flags_that_exist():
     lines = README.replace("\\\n", " ").splitlines()
     commands = [line for line in lines if re.match(r"    (accelerate|python) .*(train_grpo|train_sft|evaluate)\.py", line)]
-    commands += re.findall(r"`- ((?:train_grpo|train_sft|evaluate)\.py .*?)`", README)
+    commands += re.findall(r"`\$L ((?:train_grpo|train_sft|evaluate)\.py .*?)`", README)
     assert len(commands) > 10
     for command in commands:
         script, flags = re.search(r"(\w+\.py)(.*)", command).groups()
@@ -50,7 +50,7 @@ def test_commands_name_flags_that_exist():
 def test_every_flag_of_the_tables_exists():
     fields = set().union(*(script.Config.__dataclass_fields__ for script in SCRIPTS.values()))
     named = set(re.findall(r"`--(\w+)", README))
-    elsewhere = {"help", "json", "size", "mixed_precision", "multi_gpu", "decode"}  # of other scripts, or accelerate's
+    elsewhere = {"help", "json", "size", "mixed_precision", "multi_gpu", "machine_rank", "decode"}  # of other scripts, or accelerate's
     assert named - elsewhere <= fields
 
 
