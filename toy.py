@@ -307,7 +307,8 @@ def chart(left: int, title: str, top: float, unit: str, series: dict[str, list[t
     svg = [f'<text x="{left}" y="24" font-weight="bold">{title}</text>']
     for part in (0, 0.5, 1):
         y = 50 + height * (1 - part)
-        svg += [f'<path d="M{left} {y}h{width}" stroke="#ddd"/><text x="{left - 6}" y="{y + 4}" text-anchor="end">{part * top:g}{unit}</text>']
+        svg += [f'<path d="M{left} {y}h{width}" stroke="#ddd"/>']
+        svg += [f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{part * top:g}{unit}</text>']
         svg += [f'<text x="{left + width * part}" y="{height + 68}" text-anchor="middle">{part * last:.0f}</text>']
     for n, (colour, (label, points)) in enumerate(zip(("#1f77b4", "#ff7f0e"), series.items())):
         path = " ".join(f"{left + width * step / last:.1f},{50 + height * (1 - value / top):.1f}" for step, value in points)

@@ -73,7 +73,7 @@ class Config:
     freeze_audio_encoder: bool = HfArg(default=False, help="train the language model and the projector only")
     lora_rank: int = HfArg(default=0, help="train adapters of this rank (LoRA) in place of the weights; 0: train the weights")
     lora_alpha: float = HfArg(default=32.0, help="what the adapters add is multiplied by alpha / rank")
-    lora_dropout: float = HfArg(default=0.0, help="dropout before the adapters; above 0 the scored policy is not quite the one that sampled")
+    lora_dropout: float = HfArg(default=0.0, help="dropout before the adapters; with it the policy that is scored is not quite the sampler")
     lora_target: str = HfArg(default="language", help="layers with adapters: language, all (the encoder's too), or a regular expression")
     merge: bool = HfArg(default=False, help="LoRA: also write the final model with its adapters merged, to merged in --output")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations in the backward pass: less memory")
@@ -368,12 +368,12 @@ def train(config: Config) -> None:
         if signal:
             leave(accelerator, signal, done, config.max_steps)
 
-    save_final(accelerator, policy, model, processor, config, adapters)
     if eval_examples:
         after = eval_accuracy(accelerator, policy, processor, eval_examples, config)
         write_metrics(accelerator, config, config.max_steps, {"eval_accuracy": after})
         before = next((line["eval_accuracy"] for line in read_metrics(config.output) if "eval_accuracy" in line), after)
         accelerator.print(f"held-out accuracy: {before:.1%} at first, {after:.1%} after {config.max_steps} steps")
+    save_final(accelerator, policy, model, processor, config, adapters)
     accelerator.print(f"the model is in {config.output}, its curves in {config.output}/metrics.jsonl")
     accelerator.wait_for_everyone()
     accelerator.end_training()

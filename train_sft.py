@@ -119,10 +119,10 @@ def train(config: Config) -> None:
         if signal:
             leave(accelerator, signal, done, max_steps)
 
-    save_final(accelerator, policy, model, processor, config, adapters)
     if eval_examples:
         accuracy = eval_accuracy(accelerator, policy, processor, eval_examples, config)
         write_metrics(accelerator, config, max_steps, {"eval_accuracy": accuracy})
+    save_final(accelerator, policy, model, processor, config, adapters)
     accelerator.print(f"the model is in {config.output}, its curves in {config.output}/metrics.jsonl")
     accelerator.wait_for_everyone()
     accelerator.end_training()

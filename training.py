@@ -126,7 +126,8 @@ def read_batch(accelerator: Accelerator, processor, examples: list[Example], con
     """B examples from a place in the stream on, as what `batches` yields. With --skip_bad_audio the next row stands in for a bad one."""
     B, batch, waves, skipped = config.prompts_per_step // accelerator.num_processes, [], [], 0
     for i in stream_indices(len(examples), config.seed, first, B):
-        for example in [*examples[i:], *examples[:i]]:
+        for k in range(len(examples)):  # the row itself, or the next that can be read
+            example = examples[(i + k) % len(examples)]
             try:
                 waves.append(load_audio(example.audio))
                 break

@@ -1,6 +1,7 @@
 import json
 import shutil
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from test_train_grpo import config, metrics
 
 import train_grpo
 import training
-from data import BadInput
+from data import BadInput, load_examples
 from training import batches, read_batch
 
 ONE = SimpleNamespace(num_processes=1, process_index=0, device=torch.device("cpu"))
@@ -45,6 +46,18 @@ def test_a_bad_clip_stops_the_run_at_its_own_step(folder, tmp_path):
     with pytest.raises(BadInput, match=f"train.jsonl:{second + 1}: "):
         train_grpo.train(settings)
     assert len(metrics(tmp_path / "run")) == 1
+
+
+def test_a_stand_in_is_looked_for_anew_for_each_question(folder, tmp_path, toy_model, capsys):
+    """More bad clips are met in a batch than there are rows, and yet half of the rows can be read."""
+    rows = load_examples(str(folder / "train.jsonl"))[:4]
+    examples = [replace(row, audio=str(tmp_path / "no.wav")) for row in rows[:2]] + rows[2:]
+    settings = config(folder, tmp_path, prompts_per_step=32, skip_bad_audio=True)
+    _, batch, _, clips = read_batch(ONE, toy_model[1], examples, settings, 0)
+    assert {example.place for example in batch} == {example.place for example in examples[2:]}
+    assert clips["clips_skipped"] == (8 * 2 + 8 * 1) / 32  # of the first bad row the second is met, too
+    with pytest.raises(BadInput, match="no such audio file"):
+        read_batch(ONE, toy_model[1], examples[:2], settings, 0)
 
 
 def test_a_full_gpu_is_said_in_one_line(monkeypatch):
