@@ -237,7 +237,7 @@ def show(found: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=["small", "7b"], default="small", help="7b needs a CUDA GPU with 80 GB or more")
+    parser.add_argument("--size", choices=["small", "7b"], default="small", help="7b needs a CUDA GPU of 141 GB")
     parser.add_argument("--json", default="", help="also write the numbers to this file")
     parser.add_argument("--micro_batch", type=int, default=4, help="prompts in one forward of the whole step")
     args = parser.parse_args()
