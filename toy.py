@@ -222,7 +222,7 @@ def run_script(name: str, flags: str) -> None:
 
 def make(folder: str = FOLDER) -> None:
     """Data, a random model, and its warm-up by train_sft.py. `base` appears last, and only when it is whole."""
-    for name in ("base", "init", "warmup", "train", "test"):
+    for name in ("base", "init", "warmup", "train", "test", "grpo", "shifted", "compare"):
         shutil.rmtree(f"{folder}/{name}", ignore_errors=True)
     make_data(folder, "train", N_TRAIN, seed=1)
     make_data(folder, "test", N_TEST, seed=2)
@@ -334,7 +334,7 @@ def curves(folder: str, target: str) -> None:
     svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 740 270" font-family="sans-serif" font-size="12">']
     svg += ['<rect width="740" height="270" fill="white"/>']
     svg += chart(50, "accuracy", 100, " %", {"held-out questions, greedy": held_out, "samples, mean of 10 steps": sampled})
-    svg += chart(420, "KL to the reference", 0.05 * np.ceil(20 * max(value for _, value in kl)), "", {"mean of 10 steps": kl})
+    svg += chart(420, "KL to the reference", max(0.05, 0.05 * np.ceil(20 * max(value for _, value in kl))), "", {"mean of 10 steps": kl})
     svg += ['<text x="200" y="264" text-anchor="middle">step</text><text x="570" y="264" text-anchor="middle">step</text></svg>']
     write_whole(target, "\n".join(svg) + "\n")
 

@@ -101,7 +101,7 @@ def start(config) -> tuple[Accelerator, list[Example], list[Example]]:
         raise BadInput("--freeze_audio_encoder is for training without LoRA; --lora_target says where adapters go")
     if config.prompts_per_step % (accelerator.num_processes * config.micro_batch):
         share = f"{accelerator.num_processes} process(es) x --micro_batch {config.micro_batch}"
-        raise BadInput(f"--prompts_per_step {config.prompts_per_step} does not divide by {share}")
+        raise BadInput(f"--prompts_per_step {config.prompts_per_step} is not a multiple of {share}")
     examples = load_examples(config.data, config.audio_dir)
     eval_examples = load_examples(config.eval_data, config.audio_dir) if config.eval_data else []
     missing, unheard = (check_audio(part, config.skip_bad_audio) for part in (examples, eval_examples))

@@ -23,13 +23,13 @@ PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_
 """
 
 
-def launch(code: str, *flags, precision: str = "no", fsdp: bool = False) -> None:
-    """Run `code` in two processes, with these flags as sys.argv[1:]; with `fsdp` as fsdp.yaml has it."""
+def launch(code: str, *flags, precision: str = "no", fsdp: bool = False, root: str = ROOT) -> None:
+    """Run `code` in two processes, with these flags as sys.argv[1:]; with `fsdp` as fsdp.yaml has it, with the scripts of `root`."""
     code = (
         (FSDP2_ON_CPU if fsdp else "") + "from accelerate import Accelerator\n"
         "assert Accelerator().num_processes == 2\n"  # without --multi_gpu accelerate starts one, and says nothing
         f"assert Accelerator().is_fsdp2 is {fsdp}\n"
-        f"import sys; sys.path.insert(0, {ROOT!r})\n{code}\n"
+        f"import sys; sys.path.insert(0, {root!r})\n{code}\n"
     )
     with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
         script.write(code)

@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from launch import launch
 from test_train_grpo import metrics
 from transformers import HfArgumentParser
 
 import evaluate
+import toy
 import train_grpo
 import train_sft
 
@@ -47,6 +49,13 @@ def test_commands_name_flags_that_exist():
         assert not unknown, command
 
 
+def test_the_question_asked_is_the_one_about_that_clip(tmp_path):
+    toy.make_data(tmp_path, "test", 1, seed=2)
+    row = json.loads((tmp_path / "test.jsonl").read_text())
+    question, choices = re.search(r'--ask runs/toy/test/0000.wav \\\n +--question "(.*?)" --choices (.*)', README).groups()
+    assert question in toy.KINDS[row["kind"]][1] and choices.split() == row["choices"]
+
+
 def test_every_flag_of_the_tables_exists():
     fields = set().union(*(script.Config.__dataclass_fields__ for script in SCRIPTS.values()))
     named = set(re.findall(r"`--(\w+)", README))
@@ -78,7 +87,7 @@ def run(folder, tmp_path_factory):
     rows = [json.loads(line) | {"completion": "odd" if i % 2 else "even"} for i, line in enumerate(open(folder / "train.jsonl"))]
     (folder / "predictions.json").write_text(json.dumps(rows))
 
-    def run_changed(diff: str, *flags: str) -> list[dict]:
+    def run_changed(diff: str, *flags: str, two_processes: bool = False) -> list[dict]:
         copy = tmp_path_factory.mktemp("fork")
         for script in ROOT.glob("*.py"):
             shutil.copy(script, copy)
@@ -86,6 +95,9 @@ def run(folder, tmp_path_factory):
             subprocess.run(["git", "apply"], input=diff, text=True, cwd=copy, check=True)
         settings = f"--model {folder}/model --data {folder}/predictions.json --output {copy}/run --prompts_per_step 4 --micro_batch 2"
         settings += " --group_size 4 --max_steps 2 --max_new_tokens 30 --lr 1e-3 --num_iterations 2"
+        if two_processes:
+            launch(TRAIN, *settings.split(), *flags, root=str(copy))
+            return metrics(copy / "run")
         done = subprocess.run([sys.executable, "-c", TRAIN, *settings.split(), *flags], cwd=copy, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         return metrics(copy / "run")
@@ -121,6 +133,11 @@ def test_dapo(run, unchanged):
     assert first["reward"] == plain["reward"] and first["clip_fraction"] < plain["clip_fraction"]
     (together, *_) = run(CHANGES["DAPO"], "--micro_batch", "4")  # the mean is over all tokens of the step, however they are split
     assert together["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-3) != plain["grad_norm"]
+
+
+def test_dapo_on_two_processes(run):
+    """Sums of whole numbers are not to be averaged between processes as whole numbers."""
+    run(CHANGES["DAPO"], "--micro_batch", "2", two_processes=True)
 
 
 def test_no_kl(run, unchanged):

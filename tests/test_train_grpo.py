@@ -492,7 +492,7 @@ def test_the_same_seed_gives_the_same_run(folder, tmp_path):
 
 
 BAD = {
-    "prompts_per_step that does not divide": (dict(prompts_per_step=4, micro_batch=3), "does not divide"),
+    "prompts_per_step that does not divide": (dict(prompts_per_step=4, micro_batch=3), "is not a multiple"),
     "unknown prompt": (dict(prompt="shout"), "plain, answer, think"),
     "negative seed": (dict(seed=-1), "--seed must be at least 0"),
     "no step": (dict(max_steps=0), "--max_steps"),
