@@ -47,6 +47,11 @@ def shard_of(accelerator: Accelerator) -> tuple[int, int]:
     return (accelerator.process_index, accelerator.num_processes) if accelerator.is_fsdp2 else (0, 1)
 
 
+def settings_of(accelerator: Accelerator, config) -> dict:
+    """What a resumed run must share with the one before, but for MAY_CHANGE."""
+    return asdict(config) | {"mixed_precision": accelerator.mixed_precision}
+
+
 def save_state(accelerator: Accelerator, folder: str, step: int, policy, optimizer, config) -> None:
     """What --resume needs besides: trained weights as they are and the optimizer's tensors, by name, of this process's shard."""
     shard, shards = shard_of(accelerator)
@@ -58,8 +63,7 @@ def save_state(accelerator: Accelerator, folder: str, step: int, policy, optimiz
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(tensors, os.path.join(folder, f"process-{shard}.safetensors"))
     if accelerator.is_main_process:
-        settings = asdict(config) | {"mixed_precision": accelerator.mixed_precision}
-        state = {"step": step, "shards": shards, "data_sha256": sha256(config.data), "config": settings}
+        state = {"step": step, "shards": shards, "data_sha256": sha256(config.data), "config": settings_of(accelerator, config)}
         write_whole(os.path.join(folder, "state.json"), json.dumps(state, indent=2))
 
 
@@ -141,7 +145,7 @@ def load_state(accelerator: Accelerator, folder: str, policy, optimizer, config)
     try:
         with open(os.path.join(folder, "state.json")) as file:
             state = json.load(file)
-        settings = asdict(config) | {"mixed_precision": accelerator.mixed_precision}
+        settings = settings_of(accelerator, config)
         changed = [name for name, value in settings.items() if name not in MAY_CHANGE and state["config"][name] != value]
         if changed:
             flags = ", ".join(f"--{name} {settings[name]} (it was {state['config'][name]})" for name in changed)

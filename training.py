@@ -122,9 +122,12 @@ def start(config) -> tuple[Accelerator, list[Example], list[Example]]:
     return accelerator, examples, eval_examples
 
 
-def read_batch(accelerator: Accelerator, processor, examples: list[Example], config, first: int):
-    """B examples from a place in the stream on, as what `batches` yields. With --skip_bad_audio the next row stands in for a bad one."""
-    B, batch, waves, skipped = config.prompts_per_step // accelerator.num_processes, [], [], 0
+def read_batch(processor, examples: list[Example], config, first: int, B: int):
+    """B examples from a place in the stream on, model inputs, metrics of the clips.
+
+    With --skip_bad_audio the next row stands in for a bad one; else it raises BadInput.
+    """
+    batch, waves, skipped = [], [], 0
     for i in stream_indices(len(examples), config.seed, first, B):
         for k in range(len(examples)):  # the row itself, or the next that can be read
             example = examples[(i + k) % len(examples)]
@@ -142,7 +145,7 @@ def read_batch(accelerator: Accelerator, processor, examples: list[Example], con
         batch.append(example)
     inputs = make_batch(processor, batch, waves, config.prompt)
     clips = {"clips_cut": sum(is_cut(processor, wave) for wave in waves) / B, "clips_skipped": skipped / B}
-    return first, batch, inputs, clips
+    return batch, inputs, clips
 
 
 def batches(accelerator: Accelerator, processor, examples: list[Example], config, steps: range) -> Iterator:
@@ -153,18 +156,18 @@ def batches(accelerator: Accelerator, processor, examples: list[Example], config
     processor = deepcopy(processor)  # a tokenizer is not to be used by two threads at once
     B, jobs = config.prompts_per_step // accelerator.num_processes, deque()
 
-    def ready(job):
-        first, batch, inputs, clips = job.result()
+    def ready(first, job):
+        batch, inputs, clips = job.result()
         torch.manual_seed(config.seed + first)  # of LoRA's dropout, so that a resumed run draws the same
         return first, batch, {name: value.to(accelerator.device) for name, value in inputs.items()}, clips
 
     with ThreadPoolExecutor(1) as thread:
         for step in steps:
             first = step * config.prompts_per_step + accelerator.process_index * B
-            jobs.append(thread.submit(read_batch, accelerator, processor, examples, config, first))
+            jobs.append((first, thread.submit(read_batch, processor, examples, config, first, B)))
             if len(jobs) == 2:
-                yield ready(jobs.popleft())
-        yield ready(jobs.popleft())
+                yield ready(*jobs.popleft())
+        yield ready(*jobs.popleft())
 
 
 def write_metrics(accelerator: Accelerator, config, step: int, metrics: dict) -> dict:

@@ -29,7 +29,7 @@ TEXT_TOKENS, PLACEHOLDER = 60, 5
 SETTINGS = [(8, 10, (10, 16)), (16, 10, (10, 16)), (8, 30, (10, 16)), (8, 10, (64, 128))]  # G, seconds of sound, tokens
 
 
-def make_model(size: str):
+def make_model(size: str, device: str = "cpu", dtype: torch.dtype = torch.float32):
     """Random weights: the real configuration, or one of its proportions."""
     if size == "7b":
         audio, vocabulary = Qwen2AudioEncoderConfig(), 156_032
@@ -39,12 +39,9 @@ def make_model(size: str):
         lm = dict(hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8)
     text = Qwen2Config(vocab_size=vocabulary, num_key_value_heads=lm["num_attention_heads"], **lm)
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16 if size == "7b" else torch.float32)
-    with torch.device("cuda" if size == "7b" else "cpu"):
+    with torch.device(device):
         model = Qwen2AudioForConditionalGeneration(Qwen2AudioConfig(audio_config=audio, text_config=text, audio_token_index=PLACEHOLDER))
-    torch.set_default_dtype(torch.float32)
-    model.model.audio_tower.embed_positions.requires_grad_(False)
-    return model.eval()
+    return model.to(dtype).eval()
 
 
 def make_group(model, B: int, G: int, clip_seconds: int, completion_tokens: tuple[int, int]):
@@ -243,7 +240,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.size == "7b" and not torch.cuda.is_available():
         sys.exit("error: --size 7b needs a CUDA GPU, and none is there")
-    model = make_model(args.size)
+    model = make_model("7b", "cuda", torch.bfloat16) if args.size == "7b" else make_model("small")
     device = torch.cuda.get_device_name() if args.size == "7b" else f"CPU, {torch.get_num_threads()} threads"
     split = needed_flops(model, 8, 10, 13, frames=1500)  # with the whole window, as the model's own forward
     split = ", ".join(f"{part} {flops / sum(split.values()):.0%}" for part, flops in split.items())

@@ -1,5 +1,6 @@
 from types import SimpleNamespace
 
+import benchmark
 import pytest
 import torch
 from oracle import inputs_of
@@ -35,12 +36,7 @@ def test_the_encoder_runs_as_far_as_there_is_sound_and_says_the_same(toy_model, 
 @pytest.fixture
 def seven_billion():
     """The real configuration, without its weights."""
-    from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration, Qwen2Config
-
-    text = Qwen2Config(vocab_size=156032, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
-    text.num_key_value_heads = 32
-    with torch.device("meta"):
-        return Qwen2AudioForConditionalGeneration(Qwen2AudioConfig(text_config=text))
+    return benchmark.make_model("7b", "meta")
 
 
 def flags(**changed):
@@ -85,20 +81,13 @@ def test_the_reference_is_as_large_as_was_said(folder, toy_model, capsys, mixed_
 @pytest.mark.parametrize("mixed_precision", ["bf16", "no"])
 def test_the_guess_of_activations_is_near_what_autograd_keeps(toy_model, examples, mixed_precision):
     policy, processor = toy_model
-    inputs, G, T, kept = inputs_of(processor, examples[4:5]), 4, 64, {}
+    inputs, G, T = inputs_of(processor, examples[4:5]), 4, 64
     inputs["feature_attention_mask"] = torch.ones_like(inputs["feature_attention_mask"])  # as long as is heard
     inputs["input_ids"] = torch.cat([inputs["input_ids"].new_full((1, 50), policy.config.audio_token_id), torch.full((1, 100), 7)], 1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
-
-    def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    policy.train()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, mixed_precision == "bf16"):
-        shared_prompt_logps(policy, inputs, torch.randint(10, 300, (1, G, T)), torch.ones(1, G, T, dtype=torch.bool), 1.0)
-    size = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights)
+    ids, mask = torch.randint(10, 300, (1, G, T)), torch.ones(1, G, T, dtype=torch.bool)
+    with torch.autocast("cpu", torch.bfloat16, mixed_precision == "bf16"):
+        size = benchmark.memory(policy.train(), lambda: shared_prompt_logps(policy, inputs, ids, mask, 1.0))
     accelerator = SimpleNamespace(**vars(ONE) | dict(mixed_precision=mixed_precision))
     guess, recomputed = (
         1e9 * activations(accelerator, policy, flags(prompts_per_step=1, gradient_checkpointing=choice), G * T) for choice in (False, True)

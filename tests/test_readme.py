@@ -73,7 +73,6 @@ def test_what_differs_is_what_the_docstring_says():
 
 
 TRAIN = """
-import json, sys
 import train_grpo
 from training import parse
 train_grpo.accuracy_reward = lambda o, answer, prompt: float(len(o) % 2)  # an untrained model is never right
@@ -145,7 +144,7 @@ def test_no_kl(run, unchanged):
     assert [line["kl"] for line in lines] == [0, 0] and unchanged[-1]["kl"] > 0
 
 
-def test_only_the_hard_questions(run, unchanged, monkeypatch):
+def test_only_the_hard_questions(run, unchanged):
     """In this test a completion of odd length is right; half of the rows have one."""
     lines = run(CHANGES["Only the hard questions"])
     assert lines[0]["reward"] != unchanged[0]["reward"]

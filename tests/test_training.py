@@ -16,11 +16,12 @@ from training import batches, read_batch
 
 ONE = SimpleNamespace(num_processes=1, process_index=0, device=torch.device("cpu"))
 
+
 def test_a_batch_is_prepared_while_the_one_before_is_used(folder, tmp_path, toy_model, examples, monkeypatch):
     began = [threading.Event() for _ in range(3)]
 
     def read(*args):
-        began[args[-1] // 4].set()
+        began[args[3] // 4].set()
         return read_batch(*args)
 
     monkeypatch.setattr(training, "read_batch", read)
@@ -53,11 +54,11 @@ def test_a_stand_in_is_looked_for_anew_for_each_question(folder, tmp_path, toy_m
     rows = load_examples(str(folder / "train.jsonl"))[:4]
     examples = [replace(row, audio=str(tmp_path / "no.wav")) for row in rows[:2]] + rows[2:]
     settings = config(folder, tmp_path, prompts_per_step=32, skip_bad_audio=True)
-    _, batch, _, clips = read_batch(ONE, toy_model[1], examples, settings, 0)
+    batch, _, clips = read_batch(toy_model[1], examples, settings, 0, 32)
     assert {example.place for example in batch} == {example.place for example in examples[2:]}
     assert clips["clips_skipped"] == (8 * 2 + 8 * 1) / 32  # of the first bad row the second is met, too
     with pytest.raises(BadInput, match="no such audio file"):
-        read_batch(ONE, toy_model[1], examples[:2], settings, 0)
+        read_batch(toy_model[1], examples[:2], settings, 0, 32)
 
 
 def test_a_full_gpu_is_said_in_one_line(monkeypatch):
