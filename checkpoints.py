@@ -1,7 +1,10 @@
 """Checkpoints: models that anyone loads, and the state from which a run goes on as if it had never stopped.
 
-A checkpoint is written beside its place and renamed when it is whole. Its `state` folder holds tensors (safetensors) and JSON,
-no pickle. Data order, samples and dropout follow from seed and step, so there is no generator to save.
+    python checkpoints.py merge runs/grpo-lora/checkpoint-500 --output merged    # adapters into their base
+
+A checkpoint is written under another name and renamed when it is whole. Its `state` folder holds tensors
+(safetensors) and JSON, no pickle. Data order, samples and dropout follow from seed and step, so no random
+state is saved. The `run` of these functions is the Run of training.py.
 """
 
 import glob
@@ -19,175 +22,240 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from data import BadInput, sha256, write_rows, write_whole
+from flags import run_command
 from model import LOADABLE, base_of_adapter, load_model
-from training import local, read_metrics
 
-# flags that a resumed run may change: what was computed before it does not depend on them (questions are known by their content)
-MAY_CHANGE = ("output", "resume", "save_every", "keep_states", "merge", "log_with", "eval_data", "eval_every", "data", "audio_dir")
-MAY_CHANGE += ("skip_bad_audio", "micro_batch", "gradient_checkpointing")
+# flags that a resumed run may change: nothing computed before depends on them (data is known by its content)
+MAY_CHANGE = "output resume save_every keep_states merge log_with eval_data eval_every data audio_dir".split()
+MAY_CHANGE += "skip_bad_audio micro_batch gradient_checkpointing".split()
+
+# ---------------------------------------------------------------- saving
 
 
-def save_model(accelerator: Accelerator, folder: str, policy, model, processor, config, adapters=None) -> None:
-    """What `from_pretrained` loads (peft's, for adapters), and the settings (run.json). Every process takes part."""
-    weights = {name.removeprefix("model."): weight for name, weight in accelerator.get_state_dict(policy).items()}
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor: under FSDP2 its shard, else all of it."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def save_model(run, folder: str) -> None:
+    """What `from_pretrained` loads (peft's, for adapters), and run.json. Every process must call it."""
+    accelerator, model = run.accelerator, run.model
+    state_dict = accelerator.get_state_dict(run.policy)
+    weights = {name.removeprefix("model."): weight for name, weight in state_dict.items()}
     if accelerator.is_main_process:
-        if adapters:
-            adapters.save_pretrained(folder, state_dict={f"base_model.model.{name}": weight for name, weight in weights.items()})
+        if run.adapters:
+            weights = {f"base_model.model.{name}": weight for name, weight in weights.items()}
+            run.adapters.save_pretrained(folder, state_dict=weights)
         else:
             dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-            model.save_pretrained(folder, state_dict={name: weight.to("cpu", dtype) for name, weight in weights.items()})
+            weights = {name: weight.to("cpu", dtype) for name, weight in weights.items()}
+            model.save_pretrained(folder, state_dict=weights)
             model.config.dtype = dtype  # as the weights are stored, not as they were trained
             model.config.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        write_whole(os.path.join(folder, "run.json"), json.dumps(asdict(config), indent=2))
+        run.processor.save_pretrained(folder)
+        write_whole(os.path.join(folder, "run.json"), json.dumps(asdict(run.config), indent=2))
 
 
 def shard_of(accelerator: Accelerator) -> tuple[int, int]:
-    """Which part of the state this process holds, and of how many; but for FSDP2 every process holds the same."""
+    """Which part of the state this process saves, and of how many; without FSDP2 each has all of it."""
     return (accelerator.process_index, accelerator.num_processes) if accelerator.is_fsdp2 else (0, 1)
 
 
-def settings_of(accelerator: Accelerator, config) -> dict:
-    """What a resumed run must share with the one before, but for MAY_CHANGE."""
-    return asdict(config) | {"mixed_precision": accelerator.mixed_precision}
+def settings_of(run) -> dict:
+    """What a resumed run must share with the one before, except for MAY_CHANGE."""
+    return asdict(run.config) | {"mixed_precision": run.accelerator.mixed_precision}
 
 
-def save_state(accelerator: Accelerator, folder: str, step: int, policy, optimizer, config) -> None:
-    """What --resume needs besides: trained weights as they are and the optimizer's tensors, by name, of this process's shard."""
+def save_state(run, folder: str, step: int) -> None:
+    """What --resume needs besides the model: this process's part of trained weights and optimizer."""
+    accelerator, tensors = run.accelerator, {}
     shard, shards = shard_of(accelerator)
     if shards > 1 or accelerator.is_main_process:
-        tensors = {}
-        for name, p in accelerator.unwrap_model(policy).named_parameters():
+        for name, p in accelerator.unwrap_model(run.policy).named_parameters():
             if p.requires_grad:
-                tensors |= {f"{key} {name}": local(value) for key, value in {"weight": p.detach(), **optimizer.state[p]}.items()}
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+                values = {"weight": p.detach(), **run.optimizer.state[p]}
+                tensors |= {f"{key} {name}": local(value).contiguous() for key, value in values.items()}
         save_file(tensors, os.path.join(folder, f"process-{shard}.safetensors"))
     if accelerator.is_main_process:
-        state = {"step": step, "shards": shards, "data_sha256": sha256(config.data), "config": settings_of(accelerator, config)}
+        state = {
+            "step": step,
+            "shards": shards,
+            "data_sha256": sha256(run.config.data),
+            "config": settings_of(run),
+        }
         write_whole(os.path.join(folder, "state.json"), json.dumps(state, indent=2))
 
 
-def save_final(accelerator: Accelerator, policy, model, processor, config, adapters=None) -> None:
+def save_final(run) -> None:
     """The trained model, in --output itself; with --merge also a plain one in its folder `merged`."""
-    aside = os.path.join(config.output, "final.partial")
+    output = run.config.output
+    partial = os.path.join(output, "final.partial")
     try:
-        save_model(accelerator, aside, policy, model, processor, config, adapters)
-        if accelerator.is_main_process:  # the file that makes a folder loadable comes last
-            for name in sorted(os.listdir(aside), key=lambda name: name in LOADABLE):
-                os.replace(os.path.join(aside, name), os.path.join(config.output, name))
-            os.rmdir(aside)
-            if config.merge:
-                shutil.rmtree(merged := os.path.join(config.output, "merged"), ignore_errors=True)
-                merge(config.output, merged)
+        save_model(run, partial)
+        if run.accelerator.is_main_process:  # the file that makes a folder loadable comes last
+            for name in sorted(os.listdir(partial), key=lambda name: name in LOADABLE):
+                os.replace(os.path.join(partial, name), os.path.join(output, name))
+            os.rmdir(partial)
+            if run.config.merge:
+                shutil.rmtree(merged := os.path.join(output, "merged"), ignore_errors=True)
+                merge(output, output=merged)
     except (OSError, SafetensorError) as error:
-        raise BadInput(f"{config.output}: the model cannot be saved ({error})") from None
-    accelerator.wait_for_everyone()
+        raise BadInput(f"{output}: the model cannot be saved ({error})") from None
+    run.accelerator.wait_for_everyone()
 
 
-def save_checkpoint(accelerator: Accelerator, step: int, policy, optimizer, model, processor, config, adapters=None) -> None:
-    """checkpoint-<step> in --output: a model, and in its folder `state` what --resume needs. It appears when it is whole."""
-    folder = os.path.join(config.output, f"checkpoint-{step}")
-    aside = f"{folder}.partial"
+def save_checkpoint(run, step: int) -> None:
+    """Write checkpoint-<step>: a model, and in `state` what --resume needs. It appears when it is whole."""
+    accelerator, output = run.accelerator, run.config.output
+    folder = os.path.join(output, f"checkpoint-{step}")
+    partial = f"{folder}.partial"
     try:
         if accelerator.is_main_process:
-            shutil.rmtree(aside, ignore_errors=True)
-            os.makedirs(os.path.join(aside, "state"))
+            shutil.rmtree(partial, ignore_errors=True)
+            os.makedirs(os.path.join(partial, "state"))
         accelerator.wait_for_everyone()
-        save_model(accelerator, aside, policy, model, processor, config, adapters)
-        save_state(accelerator, os.path.join(aside, "state"), step, policy, optimizer, config)
+        save_model(run, partial)
+        save_state(run, os.path.join(partial, "state"), step)
         os.sync()  # it may be the machine that dies, and not only the process
-        accelerator.wait_for_everyone()  # nobody gets past this unless all have written
+        accelerator.wait_for_everyone()  # until all have written
         if accelerator.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was resumed from before it
-            os.replace(aside, folder)
-            for older in list_states(config.output)[: -config.keep_states]:
+            os.replace(partial, folder)
+            for older in list_states(output)[: -run.config.keep_states]:
                 shutil.rmtree(os.path.join(older, "state"), ignore_errors=True)
         accelerator.wait_for_everyone()
     except (OSError, SafetensorError, BadInput) as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         raise BadInput(f"{folder}: cannot be saved ({error}); older checkpoints are as they were") from None
+
+
+# ---------------------------------------------------------------- resuming
+
+
+def read_metrics(folder: str) -> list[dict]:
+    """The lines of a run's metrics.jsonl, without the half line that a killed run may end with."""
+    try:
+        with open(os.path.join(folder, "metrics.jsonl")) as file:
+            return [json.loads(line) for line in file if line.endswith("\n")]
+    except OSError:
+        return []
+
+
+def write_metrics(run, step: int, metrics: dict) -> dict:
+    """Means over processes, as a line of metrics.jsonl and to the trackers; returned with six digits."""
+    accelerator = run.accelerator
+    values = torch.tensor([float(value) for value in metrics.values()], device=accelerator.device)
+    values = accelerator.reduce(values, "mean").tolist()
+    metrics = {name: float(f"{value:.6g}") for name, value in zip(metrics, values)}
+    if accelerator.is_main_process:
+        with open(os.path.join(run.config.output, "metrics.jsonl"), "a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+    accelerator.log(metrics, step)
+    return metrics
 
 
 def list_states(output: str) -> list[str]:
     """Checkpoints that a run can be resumed from, oldest first."""
     found = glob.glob(os.path.join(glob.escape(output), "checkpoint-*", "state", "state.json"))
     folders = [os.path.dirname(os.path.dirname(path)) for path in found]
-    return sorted((f for f in folders if re.search(r"-\d+$", f)), key=lambda folder: int(folder.rsplit("-", 1)[1]))
+    return sorted(
+        (f for f in folders if re.search(r"-\d+$", f)), key=lambda folder: int(folder.rsplit("-", 1)[1])
+    )
 
 
-def resume(accelerator: Accelerator, policy, optimizer, config) -> int:
-    """The step to go on with: 0, or with --resume what the newest checkpoint says, whose weights and optimizer are taken."""
-    if not config.resume:
+def resume(run) -> int:
+    """The step to go on with: 0, or with --resume that of the newest checkpoint, whose state is loaded."""
+    accelerator, output = run.accelerator, run.config.output
+    if not run.config.resume:
         return 0
-    folders = list_states(config.output)
-    if any(os.path.exists(os.path.join(config.output, name)) for name in LOADABLE):
-        accelerator.print(f"--resume: the run in {config.output} is finished")
+    folders = list_states(output)
+    if any(os.path.exists(os.path.join(output, name)) for name in LOADABLE):
+        accelerator.print(f"--resume: the run in {output} is finished")
         accelerator.end_training()
         sys.exit()
     accelerator.wait_for_everyone()
     if not folders:
-        accelerator.print(f"--resume: no complete checkpoint in {config.output}, so this run starts at step 0")
+        accelerator.print(f"--resume: no complete checkpoint in {output}, so this run starts at step 0")
         step = 0
     else:
         accelerator.print(f"--resume: going on from {folders[-1]}")
-        step = load_state(accelerator, os.path.join(folders[-1], "state"), policy, optimizer, config)
+        step = load_state(run, os.path.join(folders[-1], "state"))
     if accelerator.is_main_process:
-        for left in glob.glob(os.path.join(glob.escape(config.output), "*.partial")):
-            shutil.rmtree(left, ignore_errors=True)
+        for partial in glob.glob(os.path.join(glob.escape(output), "*.partial")):
+            shutil.rmtree(partial, ignore_errors=True)
         # what came after the checkpoint comes again
-        write_rows(os.path.join(config.output, "metrics.jsonl"), [line for line in read_metrics(config.output) if line["step"] < step])
+        lines = [line for line in read_metrics(output) if line["step"] < step]
+        write_rows(os.path.join(output, "metrics.jsonl"), lines)
     accelerator.wait_for_everyone()
     return step
 
 
-def load_state(accelerator: Accelerator, folder: str, policy, optimizer, config) -> int:
-    """Take over what save_state wrote; returns the step. Raises BadInput for a state that is damaged or of another run."""
+def load_state(run, folder: str) -> int:
+    """Load what save_state wrote; returns the step. Refuses a state that is damaged or of another run."""
     try:
         with open(os.path.join(folder, "state.json")) as file:
             state = json.load(file)
-        settings = settings_of(accelerator, config)
-        changed = [name for name, value in settings.items() if name not in MAY_CHANGE and state["config"][name] != value]
-        if changed:
-            flags = ", ".join(f"--{name} {settings[name]} (it was {state['config'][name]})" for name in changed)
-            raise BadInput(f"--resume: these flags would make it another run: {flags}")
-        if state["data_sha256"] != sha256(config.data):
-            raise BadInput(f"--resume: {config.data} is not the file that the run was started with")
-        shard, shards = shard_of(accelerator)
-        if state["shards"] != shards:
-            raise BadInput(f"--resume: {folder} was saved in {state['shards']} shard(s), and this run has {shards}")
+        check_same_run(run, folder, state)
+        shard, _ = shard_of(run.accelerator)
         tensors = load_file(os.path.join(folder, f"process-{shard}.safetensors"))
-        for name, p in accelerator.unwrap_model(policy).named_parameters():
+        for name, p in run.accelerator.unwrap_model(run.policy).named_parameters():
             if p.requires_grad:
                 local(p.data).copy_(tensors.pop(f"weight {name}"))
                 for key in [key for key in tensors if key.endswith(f" {name}")]:
                     value = tensors.pop(key)
                     # a moment is shaped and sharded as its parameter; a copy, for the file may be removed
-                    held = torch.zeros_like(p.data if value.dim() else value)
-                    local(held).copy_(value)
-                    optimizer.state[p][key.split()[0]] = held
+                    moment = torch.zeros_like(p.data if value.dim() else value)
+                    local(moment).copy_(value)
+                    run.optimizer.state[p][key.split()[0]] = moment
         if tensors:
             raise BadInput(f"--resume: {folder} is of another model; it holds {next(iter(tensors))!r}")
         return state["step"]
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise BadInput(f"--resume: {folder} is damaged or of another model ({type(error).__name__}: {error})") from None
+        reason = f"{type(error).__name__}: {error}"
+        raise BadInput(f"--resume: {folder} is damaged or of another model ({reason})") from None
 
 
-def merge(adapter: str, folder: str) -> None:
-    """Write the plain model that adapters and their base make, in the base's own type."""
-    base = base_of_adapter(adapter)
+def check_same_run(run, folder: str, state: dict) -> None:
+    """Raise BadInput if a run with this state would not be the run that was saved."""
+    before, settings = state["config"], settings_of(run)
+    changed = [name for name in settings if name not in MAY_CHANGE and before[name] != settings[name]]
+    if changed:
+        flags = ", ".join(f"--{name} {settings[name]} (it was {before[name]})" for name in changed)
+        raise BadInput(f"--resume: these flags would make it another run: {flags}")
+    if state["data_sha256"] != sha256(run.config.data):
+        raise BadInput(f"--resume: {run.config.data} is not the file that the run was started with")
+    _, shards = shard_of(run.accelerator)
+    if state["shards"] != shards:
+        raise BadInput(
+            f"--resume: {folder} was saved in {state['shards']} shard(s), and this run has {shards}"
+        )
+
+
+# ---------------------------------------------------------------- merging
+
+
+def merge(adapters: str, *, output: str) -> None:
+    """Write the plain model that LoRA adapters and their base make, in the base's own type."""
+    base = base_of_adapter(adapters)
     if not base:
-        raise BadInput(f"{adapter}: holds no LoRA adapters")
-    if os.path.exists(folder):
-        raise BadInput(f"{folder}: already there; remove it or name another folder")
+        raise BadInput(f"{adapters}: holds no LoRA adapters")
+    if os.path.exists(output):
+        raise BadInput(f"{output}: already there; remove it or name another folder")
     from peft import PeftModel
 
     dtype = AutoConfig.from_pretrained(base).dtype
-    model, processor = load_model(base, torch.float32)  # a sum in bf16 would lose what little the adapters add
-    model = PeftModel.from_pretrained(model, adapter).merge_and_unload().to(dtype)
-    aside = f"{folder}.partial"
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
-    processor.save_pretrained(aside)
-    if os.path.exists(settings := os.path.join(adapter, "run.json")):
-        shutil.copy(settings, aside)
-    os.replace(aside, folder)
+    model, processor = load_model(
+        base, torch.float32
+    )  # a sum in bf16 would lose what little the adapters add
+    model = PeftModel.from_pretrained(model, adapters).merge_and_unload().to(dtype)
+    partial = f"{output}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    processor.save_pretrained(partial)
+    if os.path.exists(settings := os.path.join(adapters, "run.json")):
+        shutil.copy(settings, partial)
+    os.replace(partial, output)
+
+
+if __name__ == "__main__":
+    run_command(__doc__, merge)

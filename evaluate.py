@@ -1,10 +1,10 @@
-"""Accuracy on MMAU, or on any file of questions, scored as the benchmark scores it, and how sure the number is.
+"""Accuracy on MMAU, or on any file of questions, scored as the benchmark does, and how sure the number is.
 
-    accelerate launch evaluate.py --model runs/grpo --data mmau-test-mini.json --audio_dir mmau --output runs/eval
-    accelerate launch evaluate.py --checkpoints runs/grpo --data mmau-test-mini.json --audio_dir mmau    # the whole curve
-    python evaluate.py --score predictions.json                                   # any model's predictions
-    python evaluate.py --compare a/predictions.json b/predictions.json            # is b better than a?
-    python evaluate.py --model runs/grpo --ask clip.wav --question "What barks?" --choices "a dog" "a seal"
+accelerate launch evaluate.py --model runs/grpo --data mmau-test-mini.json --audio_dir mmau --output runs/eval
+accelerate launch evaluate.py --checkpoints runs/grpo --data mmau-test-mini.json --audio_dir mmau  # the curve
+python evaluate.py --score predictions.json                          # any model's predictions
+python evaluate.py --compare a/predictions.json b/predictions.json   # is b better than a?
+python evaluate.py --model runs/grpo --ask clip.wav --question "What barks?" --choices "a dog" "a seal"
 """
 
 import glob
@@ -25,38 +25,40 @@ from accelerate.utils import gather_object, set_seed
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
-from data import PROMPTS, SAMPLE_RATE, BadInput, Example, check_audio, completion_mask, decode, eos_tokens, is_cut
-from data import load_audio, load_examples, make_batch, read_rows, sha256, to_example, write_whole
-from model import LOADABLE, load_model
+from data import PROMPTS, SAMPLE_RATE, BadInput, Example, check_audio, decode, is_cut, load_audio
+from data import load_examples, make_batch, make_folder, read_rows, sha256, to_example, write_whole
+from flags import check_at_least, parse, run_main
+from model import DEFAULT_MODEL, LOADABLE, completion_mask, eos_tokens, load_model, sample
 from rewards import extract_answer, format_reward, mmau_match, paired_difference, wilson_interval
-from train_grpo import sample
-from training import check_at_least, make_folder, parse, run, with_whole_weights
+from training import Run, with_whole_weights
 
 GROUPS = ("task", "difficulty", "sub-category", "modality")  # keys of MMAU and, the last, of MMAR
 
 
 @dataclass
 class Config:
-    model: str = HfArg(default="Qwen/Qwen2-Audio-7B-Instruct", help="hub name or folder of a Qwen2-Audio model")
+    model: str = HfArg(default=DEFAULT_MODEL, help="hub name or folder of a Qwen2-Audio model")
     data: str = HfArg(default="", help="questions: MMAU, MMAR, or any file that training takes")
     audio_dir: str = HfArg(default="", help="folder of the clips; empty: beside the questions")
-    output: str = HfArg(default="", help="folder for the results; empty: runs/eval, or eval in the folder of --checkpoints")
-    prompt: str = HfArg(default="", help="plain, answer or think; empty: as the model was trained, else answer")
-    decoding: str = HfArg(default="greedy", help="greedy; or model: sample as the model's generation_config.json says")
-    silence: bool = HfArg(default=False, help="replace every clip by silence: what is guessed from the text alone")
+    output: str = HfArg(default="", help="folder for the results; empty: runs/eval, or eval in --checkpoints")
+    prompt: str = HfArg(
+        default="", help="plain, answer or think; empty: as the model was trained, else answer"
+    )
+    decoding: str = HfArg(default="greedy", help="greedy; or model: sample as generation_config.json says")
+    silence: bool = HfArg(default=False, help="replace every clip by silence: what the text alone gives away")
     batch_size: int = HfArg(default=16, help="questions answered together")
     max_new_tokens: int = HfArg(default=256, help="of an answer")
     limit: int = HfArg(default=0, help="answer only the first so many questions; 0: all")
     seed: int = HfArg(default=42, help="of --decoding model")
-    checkpoints: str = HfArg(default="", help="folder of a training run: evaluate each checkpoint that is not evaluated yet")
+    checkpoints: str = HfArg(default="", help="a training run: evaluate each checkpoint without results")
     score: str = HfArg(default="", help="predictions of any model: only score them")
-    compare: list[str] = HfArg(default_factory=list, help="two files of predictions: the difference, second minus first")
+    compare: list[str] = HfArg(default_factory=list, help="two files of predictions: second minus first")
     ask: str = HfArg(default="", help="one clip, to answer --question with one of --choices")
     question: str = HfArg(default="", help="for --ask")
     choices: list[str] = HfArg(default_factory=list, help="for --ask")
 
 
-# ------------------------------------------------------------------------------------------------------- answering
+# ---------------------------------------------------------------- answering
 
 
 class Prediction(NamedTuple):
@@ -73,39 +75,51 @@ def generate(model, inputs: dict, eos_ids: list[int], max_new_tokens: int):
 
 
 def predict(
-    model, processor, examples: list[Example], prompt: str, batch_size: int, max_new_tokens: int,
-    decoding: str = "greedy", silence: bool = False, quiet: bool = False,
-) -> list[Prediction]:  # fmt: skip
-    """Answers in the order of the examples. A clip that cannot be read costs its own row: an empty completion."""
-    answer, eos_ids, predictions = sample if decoding == "greedy" else generate, eos_tokens(model, processor), []
-    for start in tqdm(range(0, len(examples), batch_size), desc="answering", disable=quiet):
-        batch, waves, errors = examples[start : start + batch_size], [], []
+    model,
+    processor,
+    examples,
+    prompt,
+    batch_size,
+    max_new_tokens,
+    decoding="greedy",
+    silence=False,
+    bar=False,
+):
+    """Predictions in the order of the examples; an empty one for a clip that cannot be read."""
+    answer = sample if decoding == "greedy" else generate
+    eos_ids, predictions = eos_tokens(model, processor), []
+    for first in tqdm(range(0, len(examples), batch_size), desc="answering", disable=not bar):
+        batch, waves, errors = examples[first : first + batch_size], [], []
         for example in batch:
             try:
                 wave, error = load_audio(example.audio), ""
             except BadInput as bad:
-                wave, error = np.zeros(SAMPLE_RATE, np.float32), f"{example.place}: {bad}"
+                wave, error = np.zeros(SAMPLE_RATE, np.float32), f"{example.location}: {bad}"
             waves.append(np.zeros_like(wave) if silence else wave)
             errors.append(error)
-        inputs = {name: value.to(model.device) for name, value in make_batch(processor, batch, waves, prompt).items()}
-        texts = [group[0] for group in decode(processor, eos_ids, *answer(model, inputs, eos_ids, max_new_tokens))]
+        inputs = make_batch(processor, batch, waves, prompt)
+        inputs = {name: value.to(model.device) for name, value in inputs.items()}
+        ids, mask = answer(model, inputs, eos_ids, max_new_tokens)  # (B, 1, T)
+        texts = [text for (text,) in decode(processor, eos_ids, ids, mask)]
         for text, wave, error in zip(texts, waves, errors):
             predictions.append(Prediction("" if error else text, is_cut(processor, wave), error))
     return predictions
 
 
-def eval_accuracy(accelerator: Accelerator, policy, processor, examples: list[Example], config) -> float:
+def held_out_accuracy(run: Run) -> float:
     """Accuracy of a policy in training; every process answers its part."""
-    mine = examples[accelerator.process_index :: accelerator.num_processes]
-    limits = config.prompts_per_step // accelerator.num_processes, config.max_new_tokens
-    model = accelerator.unwrap_model(policy).model
-    policy.eval()
+    config, accelerator = run.config, run.accelerator
+    examples = run.eval_examples[accelerator.process_index :: accelerator.num_processes]
+    how = config.prompt, run.prompts, config.max_new_tokens
+    run.policy.eval()
     with accelerator.autocast():
-        predictions = with_whole_weights(policy, lambda: predict(model, processor, mine, config.prompt, *limits, quiet=True))
+        predictions = with_whole_weights(run.policy, predict, run.model, run.processor, examples, *how)
     if (errors := [p.error for p in predictions if p.error]) and not config.skip_bad_audio:
         raise BadInput(errors[0])
-    right = sum(mmau_match(extract_answer(p.completion, config.prompt), e.answer, e.choices) for p, e in zip(predictions, mine))
-    return accelerator.reduce(torch.tensor(float(right), device=accelerator.device)).item() / len(examples)
+    answers = [extract_answer(p.completion, config.prompt) for p in predictions]
+    correct = sum(mmau_match(answer, e.answer, e.choices) for answer, e in zip(answers, examples))
+    correct = accelerator.reduce(torch.tensor(float(correct), device=accelerator.device))
+    return correct.item() / len(run.eval_examples)
 
 
 def prompt_style(config: Config, model: str) -> str:
@@ -116,21 +130,23 @@ def prompt_style(config: Config, model: str) -> str:
     return prompt
 
 
-# --------------------------------------------------------------------------------------------------------- scoring
+# ---------------------------------------------------------------- scoring
 
 
-def judge(row: object, place: str) -> bool | None:
+def judge(row: object, location: str) -> bool | None:
     """Whether a row's prediction is right by MMAU's rule; None where there is no answer to compare with."""
     if not isinstance(row, dict):
-        raise BadInput(f"{place}: not a JSON object")
+        raise BadInput(f"{location}: not a JSON object")
     choices, answer = row.get("choices", row.get("multi_choice")), row.get("answer")
     if not isinstance(choices, list):
-        raise BadInput(f"{place}: no list of options (key 'choices')")
+        raise BadInput(f"{location}: no list of options (key 'choices')")
     if answer is None or answer == "":
         return None
     if "multi_choice" in row:  # AVQA's answers are indices
         if not isinstance(answer, int) or answer not in range(len(choices)):
-            raise BadInput(f"{place}: answer must be an index from 0 to {len(choices) - 1}, not {answer!r}")
+            raise BadInput(
+                f"{location}: answer must be an index from 0 to {len(choices) - 1}, not {answer!r}"
+            )
         answer = choices[answer]
     return mmau_match(prediction_of(row) or "", str(answer), [str(choice) for choice in choices])
 
@@ -142,9 +158,10 @@ def prediction_of(row: dict) -> str | None:
 
 
 def tally(marks: list[bool]) -> dict:
+    """Accuracy with its interval; None for no marks."""
     correct, total = sum(marks), len(marks)
-    sure = {"accuracy": correct / total, "interval": wilson_interval(correct, total)} if total else {"accuracy": None, "interval": None}
-    return {**sure, "correct": correct, "total": total}
+    accuracy, interval = (correct / total, wilson_interval(correct, total)) if total else (None, None)
+    return {"accuracy": accuracy, "interval": interval, "correct": correct, "total": total}
 
 
 def by_group(rows: list[dict], values: list) -> dict[str, dict[str, list]]:
@@ -158,13 +175,14 @@ def by_group(rows: list[dict], values: list) -> dict[str, dict[str, list]]:
 
 
 def score(rows: list[tuple[dict, str]]) -> dict:
-    """Accuracy of rows with predictions (and their places), overall and by group. A missing prediction is wrong."""
-    marks, rows = [judge(row, place) for row, place in rows], [row for row, _ in rows]
+    """Accuracy of rows (each with its location), overall and by group. A missing prediction is wrong."""
+    marks, rows = [judge(row, location) for row, location in rows], [row for row, _ in rows]
+    groups = by_group(rows, marks).items()
     return {
         **tally([mark for mark in marks if mark is not None]),
         "unanswered": marks.count(None),
         "missing": sum(prediction_of(row) is None for row in rows),
-        "by": {key: {name: tally(part) for name, part in group.items()} for key, group in by_group(rows, marks).items()},
+        "by": {key: {name: tally(part) for name, part in group.items()} for key, group in groups},
     }
 
 
@@ -202,8 +220,8 @@ def show(results: dict, target: str) -> None:
         print("the file has no answers, so there is nothing to score")
     notes = {
         "unanswered": "rows have no answer to compare with and are not in the score",
-        "missing": "rows have no prediction and count as wrong (the benchmark's own script may leave them out)",
-        "over_length": "clips are longer than the model hears; the rest was not heard",
+        "missing": "rows have no prediction and count as wrong (the benchmark's script may leave them out)",
+        "over_length": "clips are longer than the model's window; the rest was cut",
     }
     for name, text in notes.items():
         if results.get(name) and results["total"]:
@@ -216,14 +234,16 @@ def show(results: dict, target: str) -> None:
     if results.get("unparseable"):
         print(f"{results['unparseable']:.1%} of the completions are not in the format that was asked for")
     if results.get("model"):
-        heard = ", clips replaced by silence" if results["silence"] else ""
-        print(f"model {results['model']}, prompt {results['prompt']}, decoding {results['decoding']}{heard}")
+        silence = ", clips replaced by silence" if results["silence"] else ""
+        print(
+            f"model {results['model']}, prompt {results['prompt']}, decoding {results['decoding']}{silence}"
+        )
     print(f"questions {results['data']}, SHA-256 {results['data_sha256']}")
     print(f"results in {target}")
 
 
 def score_file(path: str) -> None:
-    """Score a file of predictions. If a run of ours made it, what only that run knew stays in its results.json."""
+    """Score a file of predictions. What only the run that made it knew stays in its results.json."""
     rows = read_rows(path)
     results, digest = score(rows), sha256(path)
     if results["missing"] == len(rows):
@@ -231,23 +251,27 @@ def score_file(path: str) -> None:
     target = os.path.join(os.path.dirname(path), "results.json")
     known = read_json(target)
     if known.get("predictions_sha256") != digest:
-        known = {"data": path, "data_sha256": digest, "unparseable": None, "over_length": None, "unreadable": None}
+        known = {"data": path, "data_sha256": digest}
+        known |= {"unparseable": None, "over_length": None, "unreadable": None}
     results = known | results | {"predictions_sha256": digest}
     write_json(target, results)
     show(results, target)
 
 
-# --------------------------------------------------------------------------------------------------------- comparing
+# ---------------------------------------------------------------- comparing
 
 
 def read_marks(path: str) -> dict[str, tuple[dict, bool | None]]:
     """Rows of a file of predictions and whether they are right, by what identifies their questions."""
-    keys = ("id", "audio", "audio_path", "audio_id", "video_name", "question", "question_text", "choices", "multi_choice", "answer")
+    keys = ("id", "audio", "audio_path", "audio_id", "video_name", "question", "question_text", "choices")
+    keys += ("multi_choice", "answer")
     marks = {}
-    for row, place in read_rows(path):
-        mark, question = judge(row, place), json.dumps([row.get(key) for key in keys])
+    for row, location in read_rows(path):
+        mark, question = judge(row, location), json.dumps([row.get(key) for key in keys])
         if question in marks:
-            raise BadInput(f"{place}: the same question as in a row before it, and their answers cannot be told apart")
+            raise BadInput(
+                f"{location}: the same question as in a row before it: their answers cannot be told apart"
+            )
         marks[question] = row, mark
     return marks
 
@@ -259,7 +283,8 @@ def compare(paths: list[str]) -> None:
     first, second = map(read_marks, paths)
     if first.keys() != second.keys():
         only = len(first.keys() - second.keys()), len(second.keys() - first.keys())
-        raise BadInput(f"{paths[0]} and {paths[1]} hold other questions: {only[0]} are only in the first, {only[1]} in the second")
+        where = f"{only[0]} are only in the first, {only[1]} in the second"
+        raise BadInput(f"{paths[0]} and {paths[1]} hold different questions: {where}")
     rows = [row for row, _ in first.values()]
     pairs = [None if mark is None else (mark, second[key][1]) for key, (_, mark) in first.items()]
     if not any(pairs):
@@ -269,7 +294,9 @@ def compare(paths: list[str]) -> None:
         first, second = (100 * sum(pair[i] for pair in pairs) / len(pairs) for i in (0, 1))
         d, low, high, p = paired_difference(pairs)
         interval = f"{100 * low:+6.1f} to {100 * high:+6.1f}"
-        print(f"{name:<20} {first:6.1f} {second:6.1f}  {100 * d:+6.1f}   {interval}   {p:8.2g}   {len(pairs)}")
+        print(
+            f"{name:<20} {first:6.1f} {second:6.1f}  {100 * d:+6.1f}   {interval}   {p:8.2g}   {len(pairs)}"
+        )
 
     print(f"first: {paths[0]}\nsecond: {paths[1]}")
     print(f"{'accuracy in %':<20}  first second  second-first  95 % interval   McNemar p   rows")
@@ -278,11 +305,11 @@ def compare(paths: list[str]) -> None:
         line(f"  {name}", part)
 
 
-# ------------------------------------------------------------------------------------------------------------- runs
+# ---------------------------------------------------------------- runs
 
 
-def evaluate(config: Config, accelerator: Accelerator, examples: list[Example], path: str, folder: str) -> None:
-    """Answer and score the questions with the model at `path`: predictions.json and results.json in `folder`."""
+def evaluate(config: Config, accelerator, examples: list[Example], path: str, folder: str) -> None:
+    """Answer and score the questions with the model at `path`; writes predictions.json and results.json."""
     prompt = prompt_style(config, path)
     model, processor = load_model(path)
     model.to(accelerator.device).eval()
@@ -290,22 +317,24 @@ def evaluate(config: Config, accelerator: Accelerator, examples: list[Example], 
         make_folder(folder)
     set_seed(config.seed, device_specific=True)  # for --decoding model
     began = time.perf_counter()
-    # every process answers each n-th question; pairs with their places come back
+    # every process answers each n-th question; pairs with their indices come back
     mine = range(accelerator.process_index, len(examples), accelerator.num_processes)
-    quiet, part = not accelerator.is_main_process, [examples[i] for i in mine]
-    limits = config.batch_size, config.max_new_tokens
-    answered = predict(model, processor, part, prompt, *limits, config.decoding, config.silence, quiet)
+    how = prompt, config.batch_size, config.max_new_tokens, config.decoding, config.silence
+    part, bar = [examples[i] for i in mine], accelerator.is_main_process
+    answered = predict(model, processor, part, *how, bar)
     answered = dict(gather_object(list(zip(mine, answered))))
     predictions = [answered[i] for i in range(len(examples))]
     if accelerator.is_main_process:
         rows = []
-        for example, prediction in zip(examples, predictions):
-            answer = extract_answer(prediction.completion, prompt)
+        for example, (completion, *_) in zip(examples, predictions):
+            answer = extract_answer(completion, prompt)
             # both keys that the benchmark's own script has used
-            rows.append(example.row | {"model_output": answer, "model_prediction": answer, "completion": prediction.completion})
+            answers = {"model_output": answer, "model_prediction": answer}
+            rows.append(example.row | answers | {"completion": completion})
         target = os.path.join(folder, "predictions.json")
         write_json(target, rows)
-        results = score([(row, example.place) for row, example in zip(rows, examples)]) | {
+        packages = torch, transformers, accelerate
+        results = score([(row, example.location) for row, example in zip(rows, examples)]) | {
             "unparseable": sum(format_reward(p.completion, prompt) == 0 for p in predictions) / len(rows),
             "over_length": sum(p.cut for p in predictions),
             "unreadable": [p.error for p in predictions if p.error],
@@ -315,7 +344,7 @@ def evaluate(config: Config, accelerator: Accelerator, examples: list[Example], 
             "predictions_sha256": sha256(target),
             "processes": accelerator.num_processes,
             "seconds": round(time.perf_counter() - began, 3),
-            "versions": {package.__name__: package.__version__ for package in (torch, transformers, accelerate)},
+            "versions": {package.__name__: package.__version__ for package in packages},
         }
         write_json(os.path.join(folder, "results.json"), results)
         show(results, os.path.join(folder, "results.json"))
@@ -324,30 +353,37 @@ def evaluate(config: Config, accelerator: Accelerator, examples: list[Example], 
 
 def settings(config: Config, prompt: str) -> dict:
     """What makes two results comparable."""
-    same = ("decoding", "silence", "max_new_tokens", "limit", "seed")
-    return {"prompt": prompt, **{name: getattr(config, name) for name in same}, "data_sha256": sha256(config.data)}
+    same = {
+        name: getattr(config, name) for name in ("decoding", "silence", "max_new_tokens", "limit", "seed")
+    }
+    return {"prompt": prompt, **same, "data_sha256": sha256(config.data)}
 
 
 def evaluate_checkpoints(config: Config, accelerator: Accelerator, examples: list[Example]) -> None:
     """Evaluate each complete checkpoint of a run that has no results yet, then show the curve."""
-    paths = [path for name in LOADABLE for path in glob.glob(os.path.join(glob.escape(config.checkpoints), "checkpoint-*", name))]
-    paths = {int(path.split("-")[-1]): path for path in map(os.path.dirname, paths) if re.search(r"-\d+$", path)}
+    pattern = os.path.join(glob.escape(config.checkpoints), "checkpoint-*")
+    paths = {os.path.dirname(path) for name in LOADABLE for path in glob.glob(os.path.join(pattern, name))}
+    paths = {int(path.split("-")[-1]): path for path in paths if re.search(r"-\d+$", path)}
     if not paths:
         raise BadInput(f"--checkpoints {config.checkpoints}: holds no complete checkpoint-N")
     output = config.output or os.path.join(config.checkpoints, "eval")
     folders = {step: os.path.join(output, f"checkpoint-{step}") for step in sorted(paths)}
-    curve = {step: read_json(os.path.join(folder, "results.json")) for step, folder in folders.items()}
+
+    def read_curve():
+        return {step: read_json(os.path.join(folder, "results.json")) for step, folder in folders.items()}
+
+    curve = read_curve()
     for step, done in curve.items():
         wanted = settings(config, prompt_style(config, paths[step]))
         if other := [name for name in wanted if done and done.get(name) != wanted[name]]:
-            raise BadInput(f"{folders[step]}: was made with another {', '.join(other)}; name another --output")
+            raise BadInput(f"{folders[step]}: made with another {', '.join(other)}; name another --output")
     accelerator.wait_for_everyone()  # until all have seen what there is
     for step, done in curve.items():
         if not done:
             accelerator.print(f"checkpoint-{step}")
             evaluate(config, accelerator, examples, paths[step], folders[step])
     if accelerator.is_main_process:
-        show_curve({step: read_json(os.path.join(folder, "results.json")) for step, folder in folders.items()})
+        show_curve(read_curve())
 
 
 def show_curve(curve: dict[int, dict]) -> None:
@@ -361,22 +397,24 @@ def show_curve(curve: dict[int, dict]) -> None:
     for step, results in curve.items():
         low, high = results["interval"]
         a, o, z = (round(50 * (x - left) / width) for x in (low, results["accuracy"], high))
-        bar = " " * a + "-" * (o - a) + "o" + "-" * (z - o)
-        print(f"{step:>6} {results['accuracy']:8.1%}   {100 * low:5.1f} to {100 * high:5.1f}  {bar}{' <- best' * (step == best)}")
-    print("the best was picked on the questions it is scored on, so its accuracy is optimistic: report the whole curve")
+        bar = " " * a + "-" * (o - a) + "o" + "-" * (z - o) + " <- best" * (step == best)
+        print(f"{step:>6} {results['accuracy']:8.1%}   {100 * low:5.1f} to {100 * high:5.1f}  {bar}")
+    print("the best is chosen on the questions that score it, so it is optimistic: report the whole curve")
 
 
 def ask(config: Config) -> None:
     """One question about one's own clip, answered on the terminal."""
-    example = to_example({"audio": config.ask, "question": config.question, "choices": config.choices}, "--ask", "")
+    row = {"audio": config.ask, "question": config.question, "choices": config.choices}
+    example = to_example(row, "--ask", "")
     wave = load_audio(example.audio)  # before the model is loaded
     prompt = prompt_style(config, config.model)
     model, processor = load_model(config.model)
     model.to(Accelerator().device).eval()
-    (prediction,) = predict(model, processor, [example], prompt, 1, config.max_new_tokens, config.decoding, config.silence, quiet=True)
+    how = prompt, 1, config.max_new_tokens, config.decoding, config.silence
+    (prediction,) = predict(model, processor, [example], *how)
     print(prediction.completion)
     if is_cut(processor, wave):
-        print(f"(only the first {processor.feature_extractor.chunk_length} s were heard)")
+        print(f"(only the first {processor.feature_extractor.chunk_length} s were used)")
 
 
 def main() -> None:
@@ -411,4 +449,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -1,22 +1,30 @@
-"""Qwen2-Audio: loading it, LoRA on it, the embeddings of its prompts, and the memory that training it takes."""
+"""Qwen2-Audio, as every script uses it: loading, LoRA, prompt embeddings, sampling a group, its log-probs.
+
+The completions o_1..o_G of a group share audio and prompt. `sample` and `shared_prompt_logps` compute both
+once per group; `repeated_logps` repeats them G times, which is plain and slow and gives the same numbers.
+"""
 
 import json
 import os
 import re
+from functools import partial
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoProcessor, Qwen2AudioForConditionalGeneration
+from transformers import AutoConfig, AutoProcessor, DynamicCache, Qwen2AudioForConditionalGeneration
 
 from data import BadInput
 
-LOADABLE = ("config.json", "adapter_config.json")  # a folder with one of these is a model, or LoRA adapters of one
+DEFAULT_MODEL = "Qwen/Qwen2-Audio-7B-Instruct"
+# a folder with one of these is a model, or LoRA adapters of one
+LOADABLE = ("config.json", "adapter_config.json")
 
 
 def load_model(path: str, dtype="auto"):
-    """A Qwen2-Audio model, known by its config and not by its name, and its processor. A LoRA adapter comes with its base."""
+    """A model, known by its config and not by its name, and its processor; adapters come with their base."""
     if base := base_of_adapter(path):
         from peft import PeftModel
 
@@ -24,7 +32,8 @@ def load_model(path: str, dtype="auto"):
         try:
             PeftModel.from_pretrained(model, path)  # which puts the adapters into `model` itself
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise BadInput(f"{path}: cannot load the adapters ({str(error).strip().splitlines()[0]})") from None
+            reason = str(error).strip().splitlines()[0]
+            raise BadInput(f"{path}: cannot load the adapters ({reason})") from None
         return model, processor
     try:
         kind = AutoConfig.from_pretrained(path).model_type
@@ -32,7 +41,8 @@ def load_model(path: str, dtype="auto"):
             raise BadInput(f"{path}: is a {kind} model, and only qwen2_audio is supported")
         processor = AutoProcessor.from_pretrained(path)
         # sdpa takes the masks of shared_prompt_logps; eager attention would read them wrongly
-        model = Qwen2AudioForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        settings = dict(dtype=dtype, attn_implementation="sdpa")
+        model = Qwen2AudioForConditionalGeneration.from_pretrained(path, **settings)
     except (OSError, ValueError, SafetensorError) as error:
         raise BadInput(f"{path}: cannot load the model ({str(error).strip().splitlines()[0]})") from None
     processor.tokenizer.padding_side = "left"  # for sampling, whatever the hub's tokenizer config says
@@ -51,13 +61,13 @@ def base_of_adapter(path: str) -> str | None:
 
 
 def frozen_dtype(module: nn.Module, accelerator: Accelerator) -> torch.dtype:
-    """What `load_frozen` keeps a layer in: under bf16 matrices in bf16, as autocast would cast them; the rest in fp32."""
+    """The type of a frozen layer: under bf16 matrices are bf16, as autocast casts them; all else fp32."""
     is_matrix = isinstance(module, (nn.Linear, nn.Conv1d))
     return torch.bfloat16 if is_matrix and accelerator.mixed_precision == "bf16" else torch.float32
 
 
 def load_frozen(config, accelerator: Accelerator):
-    """A model to compute with and not to train, and its processor."""
+    """A model that is not trained, and its processor."""
     model, processor = load_model(config.model)
     for module in model.modules():
         if not list(module.children()):
@@ -66,16 +76,16 @@ def load_frozen(config, accelerator: Accelerator):
 
 
 def load_policy(config, accelerator: Accelerator):
-    """The model to train, its processor, and under LoRA peft's view of it, which saves the adapters and turns them off."""
+    """The model to train, its processor, and under LoRA peft's view of it (else None)."""
     if base_of_adapter(config.model):
-        raise BadInput(f"{config.model}: holds LoRA adapters; train on from a merged model (--merge)")
+        raise BadInput(f"{config.model}: holds LoRA adapters; merge them first (python checkpoints.py merge)")
     adapters = None
     if config.lora_rank:
         model, processor = load_frozen(config, accelerator)
         adapters = add_lora(model, config)
     else:
-        model, processor = load_model(config.model, torch.float32)  # fp32 masters: at lr 1e-6 bf16 loses the updates
-        model.model.audio_tower.embed_positions.requires_grad_(False)  # sinusoids; from_pretrained forgets that they are fixed
+        model, processor = load_model(config.model, torch.float32)  # at lr 1e-6 bf16 weights lose the updates
+        model.model.audio_tower.embed_positions.requires_grad_(False)  # sinusoids, not parameters
         if config.freeze_audio_encoder:
             model.model.audio_tower.requires_grad_(False)
     if config.gradient_checkpointing:
@@ -84,33 +94,42 @@ def load_policy(config, accelerator: Accelerator):
 
 
 def add_lora(model, config):
-    """Put adapters, in fp32, into the model itself; the rest of it is frozen."""
+    """Put fp32 adapters into a frozen model; returns peft's view, which saves them and turns them off."""
     from peft import LoraConfig, get_peft_model
 
-    targets = {"language": r"model\.language_model\..*_proj", "all": r"model\.(language_model|audio_tower)\..*(_proj|fc1|fc2)"}
-    target = targets.get(config.lora_target, config.lora_target)
-    settings = dict(r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=target)
+    targets = {
+        "language": r"model\.language_model\..*_proj",
+        "all": r"model\.(language_model|audio_tower)\..*(_proj|fc1|fc2)",
+    }
     torch.manual_seed(config.seed)  # half of each adapter starts random
     try:
-        return get_peft_model(model, LoraConfig(**settings))
+        lora = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=targets.get(config.lora_target, config.lora_target),
+        )
+        return get_peft_model(model, lora)
     except (ValueError, re.error) as error:
         raise BadInput(f"--lora_target {config.lora_target}: {str(error).splitlines()[0]}") from None
 
 
-# ------------------------------------------------------------------------------------------------------------- prompts
+# ---------------------------------------------------------------- prompts
 
 
 def encode_audio(model, inputs: dict) -> torch.Tensor:
-    """The encoder's output (B, S, D_audio), run only as far as the longest clip sounds and not always 30 s, as its own forward."""
-    tower, frames = model.model.audio_tower, inputs["feature_attention_mask"].sum(-1)  # (B,) mel frames that carry sound
+    """The encoder's output (B, S, D_audio), as its own forward, but run only as far as there is sound."""
+    tower = model.model.audio_tower
+    frames = inputs["feature_attention_mask"].sum(-1)  # (B,) mel frames with sound
     convolved, _ = tower._get_feat_extract_output_lengths(frames)  # (B,) after stride 2
     longest = convolved.max()
-    features = inputs["input_features"][..., : 2 * longest + 1].to(tower.conv1.weight.dtype)  # the last frame looks one ahead
-    hidden = nn.functional.gelu(tower.conv2(nn.functional.gelu(tower.conv1(features))))[..., :longest].transpose(1, 2)
+    features = inputs["input_features"][..., : 2 * longest + 1]  # the last output looks one frame ahead
+    hidden = nn.functional.gelu(tower.conv1(features.to(tower.conv1.weight.dtype)))
+    hidden = nn.functional.gelu(tower.conv2(hidden))[..., :longest].transpose(1, 2)
     hidden = hidden + tower.embed_positions.weight[:longest]
-    heard = torch.arange(longest, device=frames.device) < convolved[:, None]  # (B, longest)
+    audible = torch.arange(longest, device=frames.device) < convolved[:, None]  # (B, longest)
     for layer in tower.layers:
-        hidden = layer(hidden, heard[:, None, None])
+        hidden = layer(hidden, audible[:, None, None])
     return tower.layer_norm(tower.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2))
 
 
@@ -118,74 +137,192 @@ def embed_prompt(model, inputs: dict) -> torch.Tensor:
     """Prompt embeddings (B, P, D), the encoder's output written over the audio placeholders."""
     audio = inputs["encoded_audio"] if "encoded_audio" in inputs else encode_audio(model, inputs)
     audio = model.model.multi_modal_projector(audio)  # (B, S, D)
-    _, pooled = model.model.audio_tower._get_feat_extract_output_lengths(inputs["feature_attention_mask"].sum(-1))
-    audio = audio[torch.arange(audio.shape[1], device=audio.device) < pooled[:, None]]  # (all placeholders, D)
+    frames = inputs["feature_attention_mask"].sum(-1)
+    _, pooled = model.model.audio_tower._get_feat_extract_output_lengths(frames)  # (B,)
+    audio = audio[torch.arange(audio.shape[1], device=audio.device) < pooled[:, None]]  # (placeholders, D)
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     placeholder = inputs["input_ids"] == model.config.audio_token_id
     return embeds.masked_scatter(placeholder[..., None], audio.to(embeds.dtype))
 
 
 def prompt_positions(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Position ids (B, P) that start at 0 where the left padding ends; transformers would count the padding too."""
+    """Position ids (B, P), 0 at the first real token; transformers would count the left padding too."""
     return (attention_mask.cumsum(-1) - 1).clamp_min(0)
 
 
-# -------------------------------------------------------------------------------------------------------------- memory
+# ---------------------------------------------------------------- sampling
 
 
-def check_memory(accelerator: Accelerator, model, config, completion_tokens: int, with_reference: bool) -> None:
-    """Say what each process will hold, in GB. Raises BadInput if its GPU has less; warns if activations may need more.
+def eos_tokens(model, processor) -> list[int]:
+    """Every id that ends a completion: those of the model's generation config and the tokenizer's own."""
+    ids = model.generation_config.eos_token_id
+    return sorted({*(ids if isinstance(ids, list) else [ids]), processor.tokenizer.eos_token_id} - {None})
 
-    completion_tokens: the most that one prompt's completions come to. Call it before anything is moved to the GPU.
+
+def completion_mask(ids: torch.Tensor, eos_ids: list[int]) -> torch.Tensor:
+    """(..., T), True up to and including the first EOS: by position, for what follows may be any token."""
+    is_eos = torch.isin(ids, torch.tensor(eos_ids, device=ids.device)).long()
+    return is_eos.cumsum(-1) - is_eos == 0
+
+
+def sampling_noise(seed: int, k: int, G: int, T: int) -> torch.Tensor:
+    """Uniform numbers (G, T) in (0, 1] for the k-th prompt of a run; 1: not the stream of the data order."""
+    return 1 - torch.from_numpy(np.random.default_rng((seed, k, 1)).random((G, T), np.float32))
+
+
+def draw(logits: torch.Tensor, u: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Tokens (B, G) of logits (B, G, V): the first whose cumulative probability reaches u (B, G)."""
+    # fp32 sums of 156,000 terms err; mps has no fp64
+    dtype = torch.float32 if logits.device.type == "mps" else torch.float64
+    cdf = torch.softmax(logits / temperature, dim=-1, dtype=dtype).cumsum(-1)
+    return torch.searchsorted(cdf, u[..., None] * cdf[..., -1:])[..., 0]  # the last entry is not exactly 1
+
+
+class SamplingCache(DynamicCache):
+    """A KV cache whose keys have the type of its values: rotary embeddings return fp32 under autocast."""
+
+    def update(self, keys, values, *args, **kwargs):
+        return super().update(keys.to(values.dtype), values, *args, **kwargs)
+
+
+@torch.no_grad()
+def sample(model, inputs: dict, eos_ids: list[int], max_new_tokens: int, temperature=1.0, noise=None):
+    """Completions of B prompts: ids (B, G, T), mask (B, G, T) True up to and including the first EOS.
+
+    noise (B, G, max_new_tokens): a uniform number in (0, 1] for each token, so that a sample depends on its
+    own numbers alone and not on batch or process; None: greedy, G = 1.
+    The KV cache holds a prompt once: its G completions are decoded in one row, each blind to the others.
     """
-    weights, trained = list(model.parameters()), [p for p in model.parameters() if p.requires_grad]
-    n, shards = sum(p.numel() for p in trained), accelerator.num_processes if accelerator.is_fsdp2 else 1
-    held = {"weights": sum(p.numel() * p.element_size() for p in weights), "gradients": 4 * n, "AdamW": 8 * n}
-    if with_reference:
+    prompt_mask = inputs["attention_mask"]
+    B, G = len(prompt_mask), 1 if noise is None else noise.shape[1]
+    eos = torch.tensor(eos_ids, device=prompt_mask.device)
+    cache = SamplingCache(config=model.config.text_config)
+    lm = partial(model.model.language_model, past_key_values=cache, use_cache=True)
+    embeds, position = embed_prompt(model, inputs), prompt_positions(prompt_mask)
+    hidden = lm(inputs_embeds=embeds, attention_mask=prompt_mask, position_ids=position).last_hidden_state
+    hidden = hidden[:, -1:].expand(-1, G, -1)  # (B, G, D)
+    # each round adds G columns, a token of every completion; a completion sees its own
+    visible = prompt_mask.bool()[:, None, None].expand(-1, -1, G, -1)  # (B, 1, G, P + G rounds)
+    own = torch.eye(G, dtype=torch.bool, device=visible.device).expand(B, 1, G, G)
+    first_position = prompt_mask.sum(1, keepdim=True).expand(-1, G)  # (B, G)
+    done, tokens = torch.zeros_like(first_position, dtype=torch.bool), []
+    while True:
+        logits = model.lm_head(hidden).float()  # (B, G, V)
+        token = logits.argmax(-1) if noise is None else draw(logits, noise[..., len(tokens)], temperature)
+        tokens.append(token)
+        done |= torch.isin(token, eos)
+        if len(tokens) == max_new_tokens or done.all():
+            break
+        visible = torch.cat([visible, own], -1)
+        embeds, position = model.get_input_embeddings()(token), first_position + len(tokens) - 1
+        hidden = lm(inputs_embeds=embeds, attention_mask=visible, position_ids=position).last_hidden_state
+    ids = torch.stack(tokens, -1)  # (B, G, T)
+    return ids, completion_mask(ids, eos_ids)
+
+
+# ---------------------------------------------------------------- log-probs
+
+
+def repeated_logps(model, inputs: dict, ids: torch.Tensor, mask: torch.Tensor, temperature: float):
+    """What `shared_prompt_logps` computes, the plain way: all repeated G times, the model's own forward."""
+    (B, G, T), P = ids.shape, inputs["input_ids"].shape[1]
+    inputs = {name: value.repeat_interleave(G, 0) for name, value in inputs.items()}
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], ids.flatten(0, 1)], 1)  # (B*G, P+T)
+    inputs["attention_mask"] = torch.cat([inputs["attention_mask"], mask.flatten(0, 1).long()], 1)
+    logits = model(**inputs, position_ids=prompt_positions(inputs["attention_mask"])).logits[:, P - 1 : -1]
+    logps = (logits.float() / temperature).log_softmax(-1)  # (B*G, T, V)
+    return logps.gather(2, ids.flatten(0, 1)[..., None]).view(B, G, T) * mask
+
+
+def shared_prompt_logps(model, inputs: dict, ids: torch.Tensor, mask: torch.Tensor, temperature: float):
+    """Log-probs (B, G, T), fp32, of completions under softmax(logits / temperature); 0 where mask is False.
+
+    One row per prompt, [prompt, o_1, ..., o_G], without padding between. A completion sees the prompt and
+    itself, and its positions continue the prompt's, so each token sees what it would see in a row of its own:
+
+        prompt p1 p2, o_1 = a1 a2, o_2 = b1      position 0 1 2 3 2      b1 sees p1 p2 b1
+    """
+    (B, G, T), P = ids.shape, inputs["attention_mask"].shape[1]
+    prompt_mask, mask = inputs["attention_mask"].bool(), mask.flatten(1)  # (B, P), (B, G*T)
+    # indices into G*T, those of real tokens first: N columns. G 2, T 3, mask 110 100: indices 0 1 3
+    packed = (~mask).long().argsort(dim=1, stable=True)[:, : mask.sum(1).max()]  # (B, N)
+    real = mask.gather(1, packed)
+    completion, t = packed // T, packed % T
+    tokens = ids.flatten(1).gather(1, packed)
+
+    # segment: 0 the prompt, 1..G the completions, -1 padding, which sees itself and is seen by no other
+    segment = torch.cat([prompt_mask.long() - 1, torch.where(real, completion + 1, -1)], 1)  # (B, P+N)
+    position = torch.cat([prompt_positions(prompt_mask), prompt_mask.sum(1, keepdim=True) + t], 1)
+    query, key = segment[:, :, None], segment[:, None, :]
+    # a token sees the prompt and its own completion, up to its own position
+    visible = ((key == 0) | (key == query)) & (position[:, None, :] <= position[:, :, None])  # (B, P+N, P+N)
+
+    # completions are embedded as plain tokens: a placeholder drawn by chance must not receive audio
+    embeds = torch.cat([embed_prompt(model, inputs), model.get_input_embeddings()(tokens)], 1)
+    hidden = model.model.language_model(
+        inputs_embeds=embeds, attention_mask=visible[:, None], position_ids=position, use_cache=False
+    ).last_hidden_state  # (B, P+N, D)
+
+    # the column before a token predicts it; the prompt's last column predicts the first of every completion
+    previous = torch.arange(P, P + packed.shape[1], device=ids.device) - 1
+    predictor = torch.where(t == 0, P - 1, previous)  # (B, N)
+    hidden = hidden.gather(1, predictor[..., None].expand(-1, -1, hidden.shape[-1]))[real]  # (real tokens, D)
+    logits = model.lm_head(hidden).float() / temperature
+    logps = logits.gather(1, tokens[real][:, None])[:, 0] - logits.logsumexp(-1)
+    return logps.new_zeros(B, G * T).masked_scatter(mask, logps).view(B, G, T)
+
+
+class Policy(nn.Module):
+    """The model as accelerate wraps it: only a call of the wrapped module synchronises gradients."""
+
+    _no_split_modules = [
+        "Qwen2DecoderLayer",
+        "Qwen2AudioEncoderLayer",
+    ]  # what FSDP2 gathers and frees one by one
+
+    def __init__(self, model, temperature: float = 1.0):
+        super().__init__()
+        self.model, self.temperature = model, temperature
+
+    def forward(self, inputs, ids, mask):
+        return shared_prompt_logps(self.model, inputs, ids, mask, self.temperature)
+
+    def call(self, function):
+        """Any other use of the model, such as sampling, through the module that FSDP2 wraps."""
+        return function()
+
+
+# ---------------------------------------------------------------- memory
+
+
+def check_memory(accelerator: Accelerator, model, separate_reference: bool) -> None:
+    """Say what each process will hold, in GB, without activations. Refuses more than its GPU has free."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    memory_gb = {"weights": weights, "gradients": 4 * trained, "AdamW": 8 * trained}
+    if separate_reference:
         layers = [module for module in model.modules() if not list(module.children())]
-        held["reference"] = sum(p.numel() * frozen_dtype(layer, accelerator).itemsize for layer in layers for p in layer.parameters())
-    held = {name: size / shards / 1e9 for name, size in held.items()}
+        sizes = [
+            p.numel() * frozen_dtype(layer, accelerator).itemsize
+            for layer in layers
+            for p in layer.parameters()
+        ]
+        memory_gb["reference"] = sum(sizes)
+    shards = accelerator.num_processes if accelerator.is_fsdp2 else 1
+    memory_gb = {name: size / shards / 1e9 for name, size in memory_gb.items()}
+    parts = ", ".join(f"{name} {size:.2f}" for name, size in memory_gb.items())
+    parameters = sum(p.numel() for p in model.parameters())
     accelerator.print(
-        f"{sum(p.numel() for p in weights) / 1e6:,.1f} M parameters, {n / 1e6:,.1f} M of them trained, "
-        f"{'sharded over' if accelerator.is_fsdp2 else 'on each of'} {accelerator.num_processes} process(es); held by each, in GB, "
-        f"before activations: {', '.join(f'{name} {size:.2f}' for name, size in held.items())}"
+        f"{parameters / 1e6:,.1f} M parameters, {trained / 1e6:,.1f} M trained, "
+        f"{'sharded over' if shards > 1 else 'on each of'} {accelerator.num_processes} process(es); "
+        f"GB on each, without activations: {parts}"
     )
-    room, needed = free_memory(accelerator.device), sum(held.values())
-    helps = [] if config.lora_rank else ["--lora_rank 16", "--config_file fsdp.yaml on more GPUs"]
-    helps += ["--beta 0"] if with_reference else []
-    if needed > room:
-        raise BadInput(f"{needed:.1f} GB do not fit into the {room:.1f} GB that are free on the GPU; what helps: {', '.join(helps)}")
-    needed += activations(accelerator, model, config, completion_tokens)
-    if needed > room:
-        helps += [] if config.gradient_checkpointing else ["--gradient_checkpointing"]
-        helps += ["--micro_batch 1"] if config.micro_batch > 1 else []
-        helps += ["a lower --max_new_tokens"] if hasattr(config, "group_size") else []
-        accelerator.print(
-            f"may not fit: clips of full length and {completion_tokens} tokens of completions would take it to about {needed:.0f} GB, "
-            f"and {room:.0f} GB are free on the GPU; what helps: {', '.join(helps)}"
-        )
+    needed, free = sum(memory_gb.values()), free_memory_gb(accelerator.device)
+    if needed > free:
+        ways = "--lora_rank 16, or --config_file fsdp.yaml on more GPUs"
+        raise BadInput(f"{needed:.1f} GB do not fit into the GPU's free {free:.1f} GB; what helps: {ways}")
 
 
-def free_memory(device: torch.device) -> float:
-    """GB that are free on a GPU; elsewhere nothing is known."""
+def free_memory_gb(device: torch.device) -> float:
+    """Free memory of a GPU; of other devices nothing is known."""
     return torch.cuda.mem_get_info(device)[0] / 1e9 if device.type == "cuda" else float("inf")
-
-
-def activations(accelerator: Accelerator, model, config, completion_tokens: int) -> float:
-    """GB beyond what is held, about, at the most of sampling or update: clips as long as is heard, all completion tokens drawn."""
-    lm, encoder = model.config.text_config, model.config.audio_config
-    bf16, frames = accelerator.mixed_precision == "bf16", encoder.max_source_positions
-    tokens = frames // 2 + 100 + completion_tokens  # of one prompt, with 100 for its text
-    cache = tokens * 2 * lm.num_hidden_layers * lm.num_key_value_heads * (lm.hidden_size // lm.num_attention_heads)
-    gathered = sum(p.numel() for p in model.parameters()) if accelerator.is_fsdp2 else 0  # see with_whole_weights
-    sampling = (config.prompts_per_step // accelerator.num_processes * cache + gathered) * (2 if bf16 else 4)
-    # what autograd keeps in a layer, in bytes a token and unit of width: counted with saved_tensors_hooks
-    of_lm, of_encoder = (58, 42) if bf16 else (92, 68)
-    layers = tokens * lm.hidden_size * of_lm, frames * encoder.d_model * of_encoder
-    update = layers[0] * lm.num_hidden_layers + layers[1] * encoder.encoder_layers
-    if config.gradient_checkpointing:  # the input of each layer, 4 bytes, and one layer at a time
-        update = update * 4 / of_lm + max(layers)
-    logits = completion_tokens * lm.vocab_size * 16
-    # autocast keeps a bf16 copy of all that is trained until the backward pass; FSDP2 shards that too
-    copies = 2 * sum(p.numel() for p in model.parameters() if p.requires_grad) if bf16 and not accelerator.is_fsdp2 else 0
-    return max(sampling, config.micro_batch * (update + logits) + copies) / 1e9

@@ -1,7 +1,7 @@
 """Rewards and scoring: pure functions of text, and of what was right and wrong.
 
-The reward of a completion is accuracy + format, each 0 or 1 (R1-AQA, arXiv 2503.11197). Both compare text with
-text; nothing is parsed as mathematics, which would take "Woman 1" for "Man 1".
+The reward of a completion is accuracy + format, each 0 or 1 (R1-AQA, arXiv 2503.11197). Both compare text
+with text; nothing is parsed as mathematics, which would take "Woman 1" for "Man 1".
 """
 
 import math
@@ -16,7 +16,7 @@ FORMATS = {
 
 
 def extract_answer(completion: str, prompt: str) -> str:
-    """The final answer in a completion: its first answer block, else (and for `plain`) the whole text; stripped."""
+    """The final answer: the first answer block, else (and for `plain`) the whole text; stripped."""
     block = None if prompt == "plain" else re.search(r"<answer>(.*?)</answer>", completion, re.DOTALL)
     return (block[1] if block else completion).strip()
 
@@ -27,10 +27,10 @@ def accuracy_reward(completion: str, answer: str, prompt: str) -> float:
 
 
 def format_reward(completion: str, prompt: str) -> float:
-    """1 if the completion is exactly what the prompt asked for, else 0; white space around a block does not count.
+    """1 if the completion is exactly what the prompt asked for, else 0; white space around blocks is ignored.
 
-    `answer`: one answer block. `think`: one think block, then one answer block. `plain`: text without such tags.
-    An empty block is not an answer.
+    `answer`: one answer block. `think`: one think block, then one answer block. `plain`: text without such
+    tags. An empty block is not an answer.
     """
     return float(re.fullmatch(FORMATS[prompt], completion, re.DOTALL) is not None)
 
@@ -38,8 +38,8 @@ def format_reward(completion: str, prompt: str) -> float:
 def mmau_match(prediction: str, answer: str, choices: list[str]) -> bool:
     """MMAU's rule for a right answer, on sets of lower-case words.
 
-    Right if the prediction holds every word of the answer and no word that stands only in another option. Options
-    with the same words as the answer are passed over; an empty prediction is wrong.
+    Right if the prediction holds every word of the answer and no word that only another option has. Options
+    with the same words as the answer are ignored; an empty prediction is wrong.
     """
     predicted, true = words(prediction), words(answer)
     wrong = set().union(*(words(choice) - true for choice in choices))
@@ -50,7 +50,7 @@ def words(text: str) -> set[str]:
     return set(re.findall(r"\b\w+\b", text.lower()))
 
 
-# ------------------------------------------------------------------------------------------- how sure an accuracy is
+# ---------------------------------------------------------------- how sure an accuracy is
 
 Z = 1.959964  # 95 % of a normal distribution lie within so many standard deviations
 
@@ -64,12 +64,12 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
 
 
 def mcnemar_p(b: int, c: int) -> float:
-    """Exact two-sided p-value of b against c rows on which only the one or only the other model is right (McNemar 1947)."""
+    """Exact two-sided p-value where one model alone is right on b rows, the other on c (McNemar 1947)."""
     return min(1.0, 2 * sum(math.comb(b + c, k) for k in range(min(b, c) + 1)) / 2 ** (b + c))
 
 
 def paired_difference(pairs: list[tuple[bool, bool]]) -> tuple[float, float, float, float]:
-    """Second minus first accuracy on the same rows, its 95 % interval (Bonett and Price 2012), McNemar's p-value."""
+    """Second minus first accuracy, its 95 % interval (Bonett and Price 2012), and McNemar's p-value."""
     n, b, c = len(pairs), sum(y and not x for x, y in pairs), sum(x and not y for x, y in pairs)
     p, q = (b + 1) / (n + 2), (c + 1) / (n + 2)
     half = Z * math.sqrt((p + q - (p - q) ** 2) / (n + 2))

@@ -1,11 +1,11 @@
 """The offline stand-in: synthetic questions about synthetic sounds, and a tiny Qwen2-Audio to answer them.
 
-    python toy.py            # writes runs/toy: wav files, train.jsonl, test.jsonl, and base, a model right about half of the time
-    python toy.py compare    # the paper's comparison on it: SFT and GRPO, all weights and LoRA, with and without thinking
-    python toy.py curves     # draws curves.svg: the last run of train_grpo.py without flags
+    python toy.py make       # writes runs/toy: sounds, questions, and base, a model right half the time
+    python toy.py compare    # the paper's comparison on it: SFT and GRPO, all weights and LoRA, with thoughts
+    python toy.py curves     # draws curves.svg: the last run of train_grpo.py on the toy
 
-The files are of the kinds that the real run reads, and the model is a real Qwen2-Audio of 1.0 M parameters with a window
-of 2 s, so everything downstream is the real code. Questions are of MMAU's three tasks, two kinds each.
+The files are of the kinds that the real run reads, and the model is a real Qwen2-Audio of 1.0 M parameters
+with a window of 2 s, so all else is the real code. Questions are of MMAU's three tasks, two kinds each.
 """
 
 import json
@@ -31,14 +31,16 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
+from checkpoints import read_metrics
 from data import PROMPTS, SAMPLE_RATE, BadInput, write_whole
-from training import read_metrics, run
+from flags import is_given, run_command
+from training import TrainConfig
 
 FOLDER = "runs/toy"
 SECONDS = 2
 N_TRAIN, N_TEST = 1600, 300
 
-# --------------------------------------------------------------------------------------------------------- sounds
+# ---------------------------------------------------------------- sounds
 
 
 def envelope(n: int, decay: float = 0.0) -> np.ndarray:
@@ -84,41 +86,60 @@ def bursts(count: int, rng) -> np.ndarray:
 
 def melody(shape: str, instrument: str, rng) -> np.ndarray:
     """A whole clip of four notes that go a way, on an instrument."""
-    steps = {"up": [0, 1, 2, 3], "down": [3, 2, 1, 0], "up then down": [0, 2, 2, 0], "nowhere": [1, 1, 1, 1]}[shape]
-    harmonics = {"flute": [1], "organ": [1, 0, 0.7, 0, 0.5, 0, 0.4], "trumpet": [0.6, 1, 1, 0.9, 0.7, 0.5, 0.4, 0.3]}
+    steps = {"up": [0, 1, 2, 3], "down": [3, 2, 1, 0], "up then down": [0, 2, 2, 0], "nowhere": [1, 1, 1, 1]}[
+        shape
+    ]
+    harmonics = {
+        "flute": [1],
+        "organ": [1, 0, 0.7, 0, 0.5, 0, 0.4],
+        "trumpet": [0.6, 1, 1, 0.9, 0.7, 0.5, 0.4, 0.3],
+    }
     overtones, decay = harmonics.get(instrument, [1, 0.5, 0.3, 0.2]), 8 if instrument == "harp" else 1
     n, base, width = SECONDS * SAMPLE_RATE // 4, rng.uniform(240, 300), rng.uniform(5, 7)
-    return np.concatenate([tone(np.full(n, base * 2 ** (k * width / 12)), overtones) * envelope(n, decay) for k in steps])
+    return np.concatenate(
+        [tone(np.full(n, base * 2 ** (k * width / 12)), overtones) * envelope(n, decay) for k in steps]
+    )
 
 
-VOWELS = {"a": (800, 1200), "e": (450, 2100), "i": (280, 2500), "o": (450, 850), "u": (310, 700)}  # formants, Hz
+VOWELS = {
+    "a": (800, 1200),
+    "e": (450, 2100),
+    "i": (280, 2500),
+    "o": (450, 850),
+    "u": (310, 700),
+}  # formants, Hz
 
 
 def voice(vowel: str, contour: str, rng) -> np.ndarray:
     """A vowel on a pitch that rises, falls, does both or stays."""
     n = int(rng.uniform(1.2, SECONDS) * SAMPLE_RATE)
     x = np.linspace(0, 1, n)
-    bend = {"rising": x, "falling": 1 - x, "rising then falling": 1 - abs(2 * x - 1), "flat": 0 * x + 0.5}[contour]
+    bend = {"rising": x, "falling": 1 - x, "rising then falling": 1 - abs(2 * x - 1), "flat": 0 * x + 0.5}[
+        contour
+    ]
     pitch = rng.uniform(130, 160) * 2 ** (bend * rng.uniform(1.3, 1.6))
-    overtones = [sum(1 / (1 + ((k * pitch.mean() - f) / 120) ** 2) for f in VOWELS[vowel]) + 0.02 for k in range(1, 20)]
+    overtones = [
+        sum(1 / (1 + ((k * pitch.mean() - f) / 120) ** 2) for f in VOWELS[vowel]) + 0.02 for k in range(1, 20)
+    ]
     overtones[0] += 2  # the pitch itself stays audible
     return tone(pitch, overtones) * envelope(n)
 
 
-# ------------------------------------------------------------------------------------------------------ questions
+# ---------------------------------------------------------------- questions
 
+CONTOURS = ["rising", "falling", "rising then falling", "flat"]
+INSTRUMENTS = ["flute", "organ", "trumpet", "harp"]
+MELODIES = ["up", "down", "up then down", "nowhere"]
+COUNTS = ["once", "twice", "three times", "four times"]
+SOURCES = ["siren", "engine", "rain", "bell", "bird", "knocking"]
 KINDS = {  # kind: task, ways to ask, answers
-    "source": ("sound", ["Which source makes the sound?", "What is making this sound?"],
-               ["siren", "engine", "rain", "bell", "bird", "knocking"]),
-    "count": ("sound", ["How many beeps are there?", "How often does it beep?"], ["once", "twice", "three times", "four times"]),
-    "melody": ("music", ["How does the melody move?", "Where do the notes go?"], ["up", "down", "up then down", "nowhere"]),
-    "instrument": ("music", ["Which instrument is playing?", "What plays the notes?"], ["flute", "organ", "trumpet", "harp"]),
+    "source": ("sound", ["Which source makes the sound?", "What is making this sound?"], SOURCES),
+    "count": ("sound", ["How many beeps are there?", "How often does it beep?"], COUNTS),
+    "melody": ("music", ["How does the melody move?", "Where do the notes go?"], MELODIES),
+    "instrument": ("music", ["Which instrument is playing?", "What plays the notes?"], INSTRUMENTS),
     "vowel": ("speech", ["Which vowel is spoken?", "Which vowel does the voice say?"], list(VOWELS)),
-    "intonation": ("speech", ["How does the voice move?", "What is the intonation of the voice?"],
-                   ["rising", "falling", "rising then falling", "flat"]),
-}  # fmt: skip
-
-
+    "intonation": ("speech", ["How does the voice move?", "What is the intonation of the voice?"], CONTOURS),
+}
 REPHRASED = {  # in words that training does not use
     "source": ["Can you tell where this noise comes from?"],
     "count": ["What is the number of short signals?"],
@@ -127,11 +148,12 @@ REPHRASED = {  # in words that training does not use
     "vowel": ["Tell me the letter that the person says."],
     "intonation": ["Describe how the speaker's pitch goes."],
 }
-SHIFTS = ["slow", "fast", "noisy", "rephrased"]  # longer and lower, shorter and higher, 12 dB more noise, other words
+# longer and lower, shorter and higher, 12 dB more noise, other words
+SHIFTS = ("slow", "fast", "noisy", "rephrased")
 
 
 def make_question(kind: str, rng, shift: str = "") -> tuple[dict, np.ndarray]:
-    """A row in the project's own format, without its audio, and the clip; with a shift, unlike any in training."""
+    """A row in the project's own format, without its audio, and its clip; a shift: unlike training."""
     task, ways, answers = KINDS[kind]
     choices = [str(c) for c in rng.permutation(answers)[:4]]
     answer = choices[rng.integers(4)]
@@ -155,7 +177,7 @@ def make_question(kind: str, rng, shift: str = "") -> tuple[dict, np.ndarray]:
     return row | ({"shift": shift} if shift else {}), clip * rng.uniform(0.2, 0.8)
 
 
-def make_data(folder: str, split: str, n: int, seed: int, shifts: list[str] = [""]) -> None:
+def make_data(folder: str, split: str, n: int, seed: int, shifts: tuple[str, ...] = ("",)) -> None:
     """n questions as folder/split.jsonl and folder/split/*.wav, the same on every call."""
     os.makedirs(os.path.join(folder, split), exist_ok=True)
     rng = np.random.default_rng(seed)
@@ -167,21 +189,27 @@ def make_data(folder: str, split: str, n: int, seed: int, shifts: list[str] = ["
             file.write(json.dumps(row) + "\n")
 
 
-# ---------------------------------------------------------------------------------------------------------- model
+# ---------------------------------------------------------------- model
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]
 
 
-def make_model(folder: str, seed: int) -> None:
-    """A randomly initialised Qwen2-Audio of 1.0 M parameters with its processor, as `from_pretrained` reads them."""
+def make_processor(mels: int, seconds: int) -> Qwen2AudioProcessor:
+    """A processor whose tokenizer knows the toy's questions, for a window of so many seconds."""
     texts = ["system\nYou are a helpful assistant.\n", "user\nAudio 1: \n", "assistant\n"]
     for _, ways, answers in KINDS.values():
         texts += [prompt.format(question=way, choices=answers) for way in ways for prompt in PROMPTS.values()]
         texts += [f"<answer>{answer}</answer>" for answer in answers]
-    tokenizer = Qwen2Tokenizer().train_new_from_iterator(texts * 10, vocab_size=640, new_special_tokens=SPECIAL[1:])
-    extractor = WhisperFeatureExtractor(feature_size=64, chunk_length=SECONDS)
-    processor = Qwen2AudioProcessor(extractor, tokenizer)
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(
+        texts * 10, vocab_size=640, new_special_tokens=SPECIAL[1:]
+    )
+    return Qwen2AudioProcessor(WhisperFeatureExtractor(feature_size=mels, chunk_length=seconds), tokenizer)
 
+
+def make_model(folder: str, seed: int) -> None:
+    """A randomly initialised Qwen2-Audio of 1.0 M parameters with its processor, for `from_pretrained`."""
+    processor = make_processor(mels=64, seconds=SECONDS)
+    tokenizer = processor.tokenizer
     set_seed(seed)
     ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(SPECIAL)))
     audio = Qwen2AudioEncoderConfig(
@@ -192,7 +220,9 @@ def make_model(folder: str, seed: int) -> None:
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=1024, initializer_range=0.08,
     )  # fmt: skip
-    model = Qwen2AudioForConditionalGeneration(Qwen2AudioConfig(audio_config=audio, text_config=text, audio_token_index=ids["<|AUDIO|>"]))
+    model = Qwen2AudioForConditionalGeneration(
+        Qwen2AudioConfig(audio_config=audio, text_config=text, audio_token_index=ids["<|AUDIO|>"])
+    )
     # Whisper's sinusoids; a random encoder that cannot tell time would never learn what comes first
     angle = torch.arange(SECONDS * 50)[:, None] * torch.logspace(0, -4, audio.d_model // 2)
     model.model.audio_tower.embed_positions.weight.data = torch.cat([angle.sin(), angle.cos()], 1)
@@ -205,54 +235,74 @@ def make_model(folder: str, seed: int) -> None:
     processor.save_pretrained(folder)
 
 
-# -------------------------------------------------------------------------------------------------------- the runs
+# ---------------------------------------------------------------- the runs
 
 WARMUP = "--lr 7e-4 --max_steps 260 --prompts_per_step 4 --micro_batch 4 --seed 0 --save_every 300"
-GRPO = "--lr 4e-4 --max_steps 400 --max_new_tokens 16 --eval_every 50 --save_every 200"
+TRAINING = "--lr 4e-4 --max_steps 400 --max_new_tokens 16 --eval_every 50 --save_every 200"
 
 
 def run_script(name: str, flags: str) -> None:
-    """Run a script of ours in a process of its own, and one only, even where a launcher started several of this one."""
-    launcher = ("ACCELERATE_", "TORCHELASTIC_", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "RANK", "WORLD_SIZE", "OMP_")
+    """Run a script in one process of its own, even where a launcher started several of this one."""
+    launcher = (
+        "ACCELERATE_",
+        "TORCHELASTIC_",
+        "MASTER_",
+        "LOCAL_",
+        "GROUP_",
+        "ROLE_",
+        "RANK",
+        "WORLD_SIZE",
+        "OMP_",
+    )
     environment = {key: value for key, value in os.environ.items() if not key.startswith(launcher)}
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
     if subprocess.run([sys.executable, script, *flags.split()], env=environment).returncode:
         raise BadInput(f"{FOLDER}: {name} failed, as it says above")
 
 
-def make(folder: str = FOLDER) -> None:
-    """Data, a random model, and its warm-up by train_sft.py. `base` appears last, and only when it is whole."""
-    for name in ("base", "init", "warmup", "train", "test", "grpo", "shifted", "compare"):
-        shutil.rmtree(f"{folder}/{name}", ignore_errors=True)
-    make_data(folder, "train", N_TRAIN, seed=1)
-    make_data(folder, "test", N_TEST, seed=2)
-    make_model(f"{folder}/init", seed=0)
-    run_script("train_sft.py", f"--model {folder}/init --data {folder}/train.jsonl --output {folder}/warmup {WARMUP}")
-    os.rename(f"{folder}/warmup", f"{folder}/base")
-    shutil.rmtree(f"{folder}/init")
+def make() -> None:
+    """Make the toy anew: data, a random model, and its warm-up by train_sft.py."""
+    for name in ("base", "init", "warmup", "train", "test", "grpo", "sft", "shifted", "compare"):
+        shutil.rmtree(f"{FOLDER}/{name}", ignore_errors=True)
+    make_data(FOLDER, "train", N_TRAIN, seed=1)
+    make_data(FOLDER, "test", N_TEST, seed=2)
+    make_model(f"{FOLDER}/init", seed=0)
+    files = f"--model {FOLDER}/init --data {FOLDER}/train.jsonl --output {FOLDER}/warmup"
+    run_script("train_sft.py", f"{files} {WARMUP}")
+    os.rename(f"{FOLDER}/warmup", f"{FOLDER}/base")  # appears last, and only when it is whole
+    shutil.rmtree(f"{FOLDER}/init")
 
 
-def prepare_run(accelerator: Accelerator) -> list[str]:
-    """For train_grpo.py without flags: make the toy if it is not there, clear its last run, return the flags."""
-    flags = f"--model {FOLDER}/base --data {FOLDER}/train.jsonl --eval_data {FOLDER}/test.jsonl --output {FOLDER}/grpo"
-    share = max(1, 16 // accelerator.num_processes)  # prompts of each process
-    flags += f" --prompts_per_step {share * accelerator.num_processes} --micro_batch {share} {GRPO}"
+def toy_flags(method: str, config: TrainConfig) -> list[str]:
+    """The toy's flags for train_<method>.py, under which the user's own settings, `config`, go.
+
+    Makes the toy if it is not there, and clears its last run unless that is to be resumed.
+    """
+    accelerator, output = Accelerator(), f"{FOLDER}/{method}"
+    share = max(1, config.prompts_per_step // accelerator.num_processes)  # prompts of each process
+    flags = (
+        f"--model {FOLDER}/base --data {FOLDER}/train.jsonl --eval_data {FOLDER}/test.jsonl --output {output}"
+    )
+    flags += f" --prompts_per_step {share * accelerator.num_processes} --micro_batch {share} {TRAINING}"
     if accelerator.is_main_process:
         print(
-            "No flags: this is the offline toy. The paper's recipe: accelerate launch --config_file fsdp.yaml train_grpo.py "
-            "--model Qwen/Qwen2-Audio-7B-Instruct --data avqa_train.jsonl --output runs/grpo",
+            "No --model and no --data: this is the offline toy. The README has the paper's recipe.",
             flush=True,
         )
         if not os.path.isdir(f"{FOLDER}/base"):
-            print(f"making the toy in {FOLDER}: {N_TRAIN + N_TEST} sounds and a tiny model, about a minute", flush=True)
+            print(
+                f"making it in {FOLDER}: {N_TRAIN + N_TEST} sounds and a tiny model, about a minute",
+                flush=True,
+            )
             make()
-        shutil.rmtree(f"{FOLDER}/grpo", ignore_errors=True)
-        print(f"train_grpo.py {flags}", flush=True)
+        if not config.resume and not is_given("--output"):
+            shutil.rmtree(output, ignore_errors=True)
+        print(f"train_{method}.py {flags} {' '.join(sys.argv[1:])}", flush=True)
     accelerator.wait_for_everyone()
     return flags.split()
 
 
-# -------------------------------------------------------------------------------------------------- the comparison
+# ---------------------------------------------------------------- the comparison
 
 COMPARED = {  # the paper's rows; every run sees 400 x 16 samples
     "full SFT": ("train_sft.py", "--lr 4e-4", 16),
@@ -275,7 +325,7 @@ def accuracy(model: str, split: str, output: str, max_new_tokens: int) -> float:
 
 
 def compare() -> None:
-    """Train each method with each seed from the same base, and print accuracy held out and on a shifted test."""
+    """Train each method with each seed; print accuracy on held-out questions and on shifted ones."""
     if not os.path.isdir(f"{FOLDER}/base"):
         make()
     make_data(FOLDER, "shifted", N_TEST, seed=3, shifts=SHIFTS)
@@ -294,14 +344,18 @@ def compare() -> None:
                 scores[split].append(accuracy(output, split, output, max_new_tokens))
         cells = [f"{np.mean(found):.1f} ({min(found):.1f} to {max(found):.1f})" for found in scores.values()]
         table.append(f"| {method} | {' | '.join(cells)} |")
-    print(f"\naccuracy in %, mean (range) over seeds {SEEDS}\n\n| | held out | shifted |\n| --- | --- | --- |")
+    print(
+        f"\naccuracy in %, mean (range) over seeds {SEEDS}\n\n| | held out | shifted |\n| --- | --- | --- |"
+    )
     print("\n".join(table))
 
 
-# ------------------------------------------------------------------------------------------------------- the picture
+# ---------------------------------------------------------------- the picture
 
 
-def chart(left: int, title: str, top: float, unit: str, series: dict[str, list[tuple[int, float]]]) -> list[str]:
+def chart(
+    left: int, title: str, top: float, unit: str, series: dict[str, list[tuple[int, float]]]
+) -> list[str]:
     """A line chart as SVG: points (step, value), values from 0 to top, drawn from `left` on."""
     last, width, height = max(points[-1][0] for points in series.values()), 300, 180
     svg = [f'<text x="{left}" y="24" font-weight="bold">{title}</text>']
@@ -309,16 +363,24 @@ def chart(left: int, title: str, top: float, unit: str, series: dict[str, list[t
         y = 50 + height * (1 - part)
         svg += [f'<path d="M{left} {y}h{width}" stroke="#ddd"/>']
         svg += [f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{part * top:g}{unit}</text>']
-        svg += [f'<text x="{left + width * part}" y="{height + 68}" text-anchor="middle">{part * last:.0f}</text>']
+        svg += [
+            f'<text x="{left + width * part}" y="{height + 68}" text-anchor="middle">{part * last:.0f}</text>'
+        ]
     for n, (colour, (label, points)) in enumerate(zip(("#1f77b4", "#ff7f0e"), series.items())):
-        path = " ".join(f"{left + width * step / last:.1f},{50 + height * (1 - value / top):.1f}" for step, value in points)
+        path = " ".join(
+            f"{left + width * step / last:.1f},{50 + height * (1 - value / top):.1f}"
+            for step, value in points
+        )
         svg += [f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>']
-        svg += [f'<text x="{left + width}" y="{height + 20 - 16 * n}" text-anchor="end" fill="{colour}">{label}</text>']
+        svg += [
+            f'<text x="{left + width}" y="{height + 20 - 16 * n}" text-anchor="end" fill="{colour}">'
+            f"{label}</text>"
+        ]
     return svg
 
 
-def curves(folder: str, target: str) -> None:
-    """Draw a run of GRPO: accuracy on held-out questions and of its own samples, and how far it is from the reference."""
+def draw_curves(folder: str, target: str) -> None:
+    """Draw a run of GRPO: accuracy on held-out questions and of its samples, KL to the reference."""
     lines = read_metrics(folder)
     if not lines:
         raise BadInput(f"{folder}: holds no run; accelerate launch train_grpo.py makes one")
@@ -331,21 +393,36 @@ def curves(folder: str, target: str) -> None:
     lines = [line for line in lines if "kl" in line]  # the last is the final model's accuracy alone
     sampled = [(step, 100 * value) for step, value in smooth("reward_accuracy")]
     kl = smooth("kl")
-    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 740 270" font-family="sans-serif" font-size="12">']
+    svg = [
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 740 270" '
+        'font-family="sans-serif" font-size="12">'
+    ]
     svg += ['<rect width="740" height="270" fill="white"/>']
-    svg += chart(50, "accuracy", 100, " %", {"held-out questions, greedy": held_out, "samples, mean of 10 steps": sampled})
-    svg += chart(420, "KL to the reference", max(0.05, 0.05 * np.ceil(20 * max(value for _, value in kl))), "", {"mean of 10 steps": kl})
-    svg += ['<text x="200" y="264" text-anchor="middle">step</text><text x="570" y="264" text-anchor="middle">step</text></svg>']
+    svg += chart(
+        50,
+        "accuracy",
+        100,
+        " %",
+        {"held-out questions, greedy": held_out, "samples, mean of 10 steps": sampled},
+    )
+    svg += chart(
+        420,
+        "KL to the reference",
+        max(0.05, 0.05 * np.ceil(20 * max(value for _, value in kl))),
+        "",
+        {"mean of 10 steps": kl},
+    )
+    svg += [
+        '<text x="200" y="264" text-anchor="middle">step</text>'
+        '<text x="570" y="264" text-anchor="middle">step</text></svg>'
+    ]
     write_whole(target, "\n".join(svg) + "\n")
 
 
-def main() -> None:
-    commands = {"": make, "compare": compare, "curves": lambda: curves(f"{FOLDER}/grpo", "curves.svg")}
-    word = " ".join(sys.argv[1:])
-    if word not in commands:
-        raise BadInput("toy.py takes nothing, or one of the words compare and curves")
-    commands[word]()
+def curves() -> None:
+    """Draw curves.svg: the last run of train_grpo.py on the toy."""
+    draw_curves(f"{FOLDER}/grpo", "curves.svg")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(__doc__, make, compare, curves)

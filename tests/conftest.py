@@ -1,13 +1,22 @@
+"""What the tests share: a small toy, settings for short runs, what a run left, two processes on a CPU."""
+
+import importlib
+import json
+import os
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 
 import toy  # noqa: E402
-from data import load_examples  # noqa: E402
+from data import load_audio, load_examples, make_batch  # noqa: E402
 from model import load_model  # noqa: E402
 
 torch.set_num_threads(2)
@@ -33,3 +42,138 @@ def toy_model(folder):
 def examples(folder):
     """Questions of unequal length about clips of unequal length."""
     return load_examples(str(folder / "train.jsonl"))
+
+
+# An untrained model is never right; rewarding odd lengths gives a step something to learn.
+def odd_length(completion, *_):
+    return float(len(completion) % 2)
+
+
+# Adam would turn the rounding of near-zero gradients into steps of full size.
+def sgd(parameters, lr, weight_decay):
+    return torch.optim.SGD(parameters, lr)
+
+
+@pytest.fixture
+def reward_odd_lengths(monkeypatch):
+    monkeypatch.setattr("train_grpo.accuracy_reward", odd_length)
+    monkeypatch.setattr("evaluate.mmau_match", odd_length)
+
+
+@pytest.fixture
+def plain_sgd(monkeypatch):
+    monkeypatch.setattr(torch.optim, "AdamW", sgd)
+
+
+# ---------------------------------------------------------------- model inputs
+
+
+def inputs_of(processor, examples, prompt="answer"):
+    return make_batch(processor, examples, [load_audio(example.audio) for example in examples], prompt)
+
+
+def random_completions(lengths, seed=0):
+    """Random tokens as ids and mask (B, G, T), from lengths [B][G]; the filler is a real token."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor(lengths)
+    ids = torch.randint(10, 300, (*lengths.shape, int(lengths.max())), generator=generator)
+    return ids, torch.arange(ids.shape[-1]) < lengths[..., None]
+
+
+# ---------------------------------------------------------------- short runs
+
+
+def config(script, folder, output, **flags):
+    """Settings of a run of two steps of `script`."""
+    files = dict(model=str(folder / "model"), data=str(folder / "train.jsonl"), output=str(output))
+    short = dict(prompts_per_step=4, max_new_tokens=5, max_steps=2, lr=1e-2)
+    group = dict(group_size=4) if script == "train_grpo" else {}
+    return importlib.import_module(script).Config(**files | short | group | flags)
+
+
+def run_script(script, folder, output, **flags):
+    """Such a run, in this process."""
+    importlib.import_module(script).train(config(script, folder, output, **flags))
+
+
+def metrics(output):
+    """Its lines of metrics.jsonl."""
+    return [json.loads(line) for line in open(Path(output) / "metrics.jsonl")]
+
+
+def weights(output):
+    """The tensors of the model or the adapters that it saved."""
+    name = "adapter_model" if (Path(output) / "adapter_config.json").exists() else "model"
+    return load_file(Path(output) / f"{name}.safetensors")
+
+
+def assert_same_run(one, two, exact=False):
+    """Metrics but the seconds, and weights, are equal: to the bit, or up to rounding."""
+    lines_one, lines_two = (
+        [{name: value for name, value in line.items() if "seconds" not in name} for line in metrics(output)]
+        for output in (one, two)
+    )
+    weights_one, weights_two = weights(one), weights(two)
+    assert weights_one.keys() == weights_two.keys()
+    assert any(line.get("grad_norm", 0) > 0.01 for line in lines_one)
+    if exact:
+        assert lines_one == lines_two
+        assert all(torch.equal(weights_one[name], weights_two[name]) for name in weights_one)
+        return
+    for a, b in zip(lines_one, lines_two, strict=True):
+        assert a.keys() == b.keys()
+        for (
+            name
+        ) in a:  # the weights hardly tell a gradient of another size, for it is clipped; grad_norm does
+            assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-6), name
+    for name in weights_one:
+        assert torch.allclose(weights_one[name], weights_two[name], atol=1e-6), name
+
+
+# ---------------------------------------------------------------- several processes
+
+TWO = "--multi_gpu --num_processes 2 --num_machines 1 --dynamo_backend no --main_process_port 0"
+# accelerate knows FSDP2 on accelerators only; two names make it believe that a CPU is one
+FSDP2_ON_CPU = """
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+"""
+ODD_LENGTHS = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+import evaluate, torch, train_grpo
+from conftest import odd_length, sgd
+train_grpo.accuracy_reward = evaluate.mmau_match = odd_length
+"""
+SGD = "torch.optim.AdamW = sgd\n"
+
+
+def training_code(script, more=""):
+    """Code that trains by its flags, rewarding odd lengths."""
+    start = f"import {script}; from flags import parse, run_main\n"
+    return ODD_LENGTHS + more + start + f"run_main(lambda: {script}.train(parse({script}.Config, '')))\n"
+
+
+def as_flags(config) -> list[str]:
+    """Settings as the flags that give them."""
+    return [f"--{name}={value}" for name, value in vars(config).items() if value != ""]
+
+
+def launch(code: str, *flags, precision: str = "no", fsdp: bool = False, root: Path = ROOT) -> None:
+    """Run `code` in two processes with these flags, with the scripts of `root`; fsdp: as fsdp.yaml says."""
+    code = (
+        (FSDP2_ON_CPU if fsdp else "") + "from accelerate import Accelerator\n"
+        "assert Accelerator().num_processes == 2\n"  # without --multi_gpu accelerate silently starts one
+        f"assert Accelerator().is_fsdp2 is {fsdp}\n"
+        f"import sys; sys.path.insert(0, {str(root)!r})\n{code}\n"
+    )
+    sharded = ["--config_file", f"{ROOT}/fsdp.yaml", "--num_processes", "2", "--main_process_port", "0"]
+    device = {"ACCELERATE_TORCH_DEVICE": "cpu"} if fsdp else {"ACCELERATE_USE_CPU": "true"}
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
+        script.write(code)
+        script.flush()
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", precision]
+        command += [*(sharded if fsdp else TWO.split()), script.name, *map(str, flags)]
+        done = subprocess.run(command, env=os.environ | device, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-6000:]

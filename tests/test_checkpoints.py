@@ -12,54 +12,40 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import ROOT, as_flags, launch
-from safetensors.torch import load_file
+from conftest import ROOT, SGD, as_flags, assert_same_run, launch, metrics, run_script, training_code, weights
+from conftest import config as short_config
 
-import train_grpo
-import train_sft
+import model as model_module
 from checkpoints import list_states
 from data import BadInput, stream_indices
-from evaluate import predict
 from model import load_model
 from training import Interrupted
 
-SCRIPTS = {"train_grpo": train_grpo, "train_sft": train_sft}
-# an untrained model is never right; rewarding odd lengths gives a step something to learn
-REWARD = (
-    "import evaluate, train_grpo\n"
-    "train_grpo.accuracy_reward = lambda o, answer, prompt: float(len(o) % 2)\n"
-    "evaluate.mmau_match = lambda prediction, answer, choices: len(prediction) % 2\n"
-)
-RUN = REWARD + "import {0}\nfrom training import parse, run\nrun(lambda: {0}.train(parse({0}.Config, '')))\n"
+pytestmark = pytest.mark.usefixtures("reward_odd_lengths")
 
 
-@pytest.fixture(autouse=True)
-def reward(monkeypatch):
-    monkeypatch.setattr("train_grpo.accuracy_reward", lambda o, answer, prompt: float(len(o) % 2))
-    monkeypatch.setattr("evaluate.mmau_match", lambda prediction, answer, choices: len(prediction) % 2)
+def settings(folder, **flags):
+    """Of a run of five steps that saves and evaluates every other step."""
+    held_out = dict(eval_data=str(folder / "test.jsonl"), eval_every=2)
+    return held_out | dict(micro_batch=2, max_steps=5, save_every=2) | flags
 
 
 def config(script, folder, output, **flags):
-    settings = dict(model=str(folder / "model"), data=str(folder / "train.jsonl"), output=str(output), eval_data=str(folder / "test.jsonl"))
-    settings |= dict(prompts_per_step=4, micro_batch=2, max_new_tokens=5, max_steps=5, save_every=2, eval_every=2, lr=1e-2)
-    return SCRIPTS[script].Config(**settings | (dict(group_size=4) if script == "train_grpo" else {}) | flags)
+    return short_config(script, folder, output, **settings(folder, **flags))
 
 
-def result(output):
-    """Metrics without the seconds, and weights."""
-    lines = [json.loads(line) for line in open(output / "metrics.jsonl")]
-    lines = [{name: value for name, value in line.items() if "seconds" not in name} for line in lines]
-    return lines, load_file(output / ("adapter_model.safetensors" if (output / "adapter_config.json").exists() else "model.safetensors"))
+def train(script, folder, output, **flags):
+    run_script(script, folder, output, **settings(folder, **flags))
 
 
 def assert_same_to_the_bit(one, two):
-    (lines_one, weights_one), (lines_two, weights_two) = result(one), result(two)
-    assert lines_one == lines_two and any(line["grad_norm"] > 0.01 for line in lines_one)
-    assert weights_one.keys() == weights_two.keys() and all(torch.equal(weights_one[name], weights_two[name]) for name in weights_one)
+    assert_same_run(one, two, exact=True)
 
 
 def undo(whole, output, step):
-    """A copy of a finished run as one that was killed some time after checkpoint-<step>, and whose older states were kept."""
+    """A copy of a finished run as one that was killed some time after checkpoint-<step>, and whose older
+    states were kept.
+    """
     shutil.copytree(whole, output)
     for path in output.iterdir():
         if path.is_file() and path.name != "metrics.jsonl":
@@ -82,18 +68,18 @@ def undo(whole, output, step):
 )
 def test_a_resumed_run_is_the_run_that_never_stopped(folder, tmp_path, capsys, script, flags):
     flags |= dict(keep_states=9)
-    SCRIPTS[script].train(config(script, folder, tmp_path / "whole", **flags))
+    train(script, folder, tmp_path / "whole", **flags)
     for step in (2, 4):
         undo(tmp_path / "whole", tmp_path / f"from {step}", step)
-        SCRIPTS[script].train(config(script, folder, tmp_path / f"from {step}", resume=True, **flags))
+        train(script, folder, tmp_path / f"from {step}", resume=True, **flags)
         assert_same_to_the_bit(tmp_path / "whole", tmp_path / f"from {step}")
     with pytest.raises(SystemExit) as status:  # a run that has finished stays as it is
-        SCRIPTS[script].train(config(script, folder, tmp_path / "whole", resume=True, **flags))
+        train(script, folder, tmp_path / "whole", resume=True, **flags)
     assert not status.value.code and "is finished" in capsys.readouterr().out
 
 
 def test_a_checkpoint_is_a_model_and_a_state_without_pickle(folder, tmp_path):
-    train_sft.train(config("train_sft", folder, tmp_path / "run", max_steps=6))
+    train("train_sft", folder, tmp_path / "run", max_steps=6)
     states = [Path(path).name for path in list_states(str(tmp_path / "run"))]
     assert states == ["checkpoint-6"]  # the newest only
     for step in (2, 4, 6):
@@ -104,22 +90,24 @@ def test_a_checkpoint_is_a_model_and_a_state_without_pickle(folder, tmp_path):
 
 
 def test_what_a_killed_save_left_is_no_checkpoint(folder, tmp_path, capsys):
-    train_sft.train(config("train_sft", folder, tmp_path / "whole"))
+    train("train_sft", folder, tmp_path / "whole")
     undo(tmp_path / "whole", tmp_path / "run", 4)
     shutil.copytree(tmp_path / "run" / "checkpoint-4", tmp_path / "run" / "checkpoint-5.partial")
-    shutil.rmtree(tmp_path / "run" / "checkpoint-4" / "state")  # half of an older state that was being removed
-    train_sft.train(config("train_sft", folder, tmp_path / "run", resume=True))
+    shutil.rmtree(
+        tmp_path / "run" / "checkpoint-4" / "state"
+    )  # half of an older state that was being removed
+    train("train_sft", folder, tmp_path / "run", resume=True)
     assert "no complete checkpoint" in capsys.readouterr().out
     assert_same_to_the_bit(tmp_path / "whole", tmp_path / "run")
 
 
 def test_another_precision_is_refused(folder, tmp_path):
-    train_sft.train(config("train_sft", folder, tmp_path / "run", save_every=2, max_steps=3, eval_data=""))
+    train("train_sft", folder, tmp_path / "run", save_every=2, max_steps=3, eval_data="")
     (tmp_path / "run" / "config.json").unlink()  # as if killed before the end
     state = tmp_path / "run" / "checkpoint-2" / "state" / "state.json"
     state.write_text(state.read_text().replace('"mixed_precision": "no"', '"mixed_precision": "bf16"'))
     with pytest.raises(BadInput, match=r"another run: --mixed_precision no \(it was bf16\)"):
-        train_sft.train(config("train_sft", folder, tmp_path / "run", save_every=2, max_steps=3, eval_data="", resume=True))
+        train("train_sft", folder, tmp_path / "run", save_every=2, max_steps=3, eval_data="", resume=True)
 
 
 def damage(path):
@@ -127,45 +115,68 @@ def damage(path):
 
 
 BAD = {
-    "other flags": (dict(lr=1.0, seed=7), None, r"another run: --lr 1.0 \(it was 0.01\), --seed 7 \(it was 42\)"),
-    "other questions": (dict(data="", audio_dir=""), None, "other.jsonl is not the file that the run was started with"),
-    "damaged state": ({}, lambda state: damage(state / "process-0.safetensors"), "is damaged or of another model"),
-    "no tensors": ({}, lambda state: (state / "process-0.safetensors").unlink(), "is damaged or of another model"),
-    "state of something else": ({}, lambda state: (state / "state.json").write_text("[]"), "is damaged or of another model"),
+    "other flags": (
+        dict(lr=1.0, seed=7),
+        None,
+        r"another run: --lr 1.0 \(it was 0.01\), --seed 7 \(it was 42\)",
+    ),
+    "other questions": (
+        dict(data="", audio_dir=""),
+        None,
+        "other.jsonl is not the file that the run was started with",
+    ),
+    "damaged state": (
+        {},
+        lambda state: damage(state / "process-0.safetensors"),
+        "is damaged or of another model",
+    ),
+    "no tensors": (
+        {},
+        lambda state: (state / "process-0.safetensors").unlink(),
+        "is damaged or of another model",
+    ),
+    "state of something else": (
+        {},
+        lambda state: (state / "state.json").write_text("[]"),
+        "is damaged or of another model",
+    ),
 }
 
 
 @pytest.mark.parametrize("flags, harm, says", BAD.values(), ids=BAD)
 def test_a_state_that_cannot_be_used_is_refused(folder, tmp_path, flags, harm, says):
-    train_sft.train(config("train_sft", folder, tmp_path / "run", max_steps=2))
+    train("train_sft", folder, tmp_path / "run", max_steps=2)
     (tmp_path / "run" / "config.json").unlink()
     if harm:
         harm(tmp_path / "run" / "checkpoint-2" / "state")
     (tmp_path / "other.jsonl").write_text((folder / "train.jsonl").read_text() * 2)
-    flags = {name: {"data": str(tmp_path / "other.jsonl"), "audio_dir": str(folder)}.get(name, value) for name, value in flags.items()}
+    flags = {
+        name: {"data": str(tmp_path / "other.jsonl"), "audio_dir": str(folder)}.get(name, value)
+        for name, value in flags.items()
+    }
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     with pytest.raises(BadInput, match=says):
-        train_sft.train(config("train_sft", folder, tmp_path / "run", resume=True, **dict(max_steps=2) | flags))
+        train("train_sft", folder, tmp_path / "run", resume=True, **dict(max_steps=2) | flags)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
 def test_a_state_of_another_model_is_refused(folder, tmp_path):
-    train_sft.train(config("train_sft", folder, tmp_path / "run", max_steps=2))
+    train("train_sft", folder, tmp_path / "run", max_steps=2)
     (tmp_path / "run" / "config.json").unlink()
     state = tmp_path / "run" / "checkpoint-2" / "state" / "state.json"
     text = json.loads(state.read_text())
     text["config"] |= dict(lora_rank=2)
     state.write_text(json.dumps(text))
     with pytest.raises(BadInput, match="is damaged or of another model"):
-        train_sft.train(config("train_sft", folder, tmp_path / "run", max_steps=2, resume=True, lora_rank=2))
+        train("train_sft", folder, tmp_path / "run", max_steps=2, resume=True, lora_rank=2)
 
 
-# ------------------------------------------------------------------------------------------------------ being stopped
+# ---------------------------------------------------------------- being stopped
 
 
 def begin(script, settings, limit=""):
     """Start a run in a process of its own."""
-    code = f"import sys; sys.path.insert(0, {ROOT!r})\n" + RUN.format(script)
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + training_code(script)
     command = ["bash", "-c", f'{limit} exec "$@"', "", sys.executable, "-c", code, *as_flags(settings)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -177,6 +188,7 @@ def wait_for_steps(process, output, steps):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_step_saves_and_leaves(folder, tmp_path, number):
     flags = dict(max_steps=60, save_every=100, eval_data="", lr=1e-3)
@@ -188,8 +200,8 @@ def test_a_signal_ends_the_step_saves_and_leaves(folder, tmp_path, number):
     (checkpoint,) = list_states(str(tmp_path / "run"))
     done = int(checkpoint.rsplit("-", 1)[1])
     assert 3 <= done < 60 and f"stopped after {done} of 60 steps" in out and "Traceback" not in out
-    train_sft.train(config("train_sft", folder, tmp_path / "run", resume=True, **flags))
-    train_sft.train(config("train_sft", folder, tmp_path / "whole", **flags))
+    train("train_sft", folder, tmp_path / "run", resume=True, **flags)
+    train("train_sft", folder, tmp_path / "whole", **flags)
     assert_same_to_the_bit(tmp_path / "whole", tmp_path / "run")
 
 
@@ -208,25 +220,32 @@ def test_a_second_signal_leaves_at_once(monkeypatch):
     assert left == [130]
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_older_checkpoint(folder, tmp_path):
     """Full, here, is a limit on the size of a file."""
     flags = dict(keep_states=2)
-    train_sft.train(config("train_sft", folder, tmp_path / "run", **flags))
+    train("train_sft", folder, tmp_path / "run", **flags)
     undo(tmp_path / "run", tmp_path / "full", 2)
-    before = {path: path.read_bytes() for path in (tmp_path / "full" / "checkpoint-2").rglob("*") if path.is_file()}
-    process = begin("train_sft", config("train_sft", folder, tmp_path / "full", resume=True, **flags), "ulimit -f 1000;")
+    before = {
+        path: path.read_bytes() for path in (tmp_path / "full" / "checkpoint-2").rglob("*") if path.is_file()
+    }
+    process = begin(
+        "train_sft", config("train_sft", folder, tmp_path / "full", resume=True, **flags), "ulimit -f 1000;"
+    )
     out, _ = process.communicate()
     assert process.returncode == 1 and "checkpoint-4: cannot be saved" in out and "Traceback" not in out, out
-    assert before == {path: path.read_bytes() for path in (tmp_path / "full" / "checkpoint-2").rglob("*") if path.is_file()}
+    assert before == {
+        path: path.read_bytes() for path in (tmp_path / "full" / "checkpoint-2").rglob("*") if path.is_file()
+    }
     assert not list((tmp_path / "full").glob("checkpoint-4*"))
-    train_sft.train(config("train_sft", folder, tmp_path / "full", resume=True, **flags))
+    train("train_sft", folder, tmp_path / "full", resume=True, **flags)
     assert_same_to_the_bit(tmp_path / "run", tmp_path / "full")
 
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_loses_nothing(folder, tmp_path):
     flags = dict(max_steps=200, save_every=3, eval_every=100)
-    train_grpo.train(config("train_grpo", folder, tmp_path / "whole", **flags))
+    train("train_grpo", folder, tmp_path / "whole", **flags)
     chance, kills = random.Random(0), []
     while len(kills) < 20:
         process = begin("train_grpo", config("train_grpo", folder, tmp_path / "run", resume=True, **flags))
@@ -239,102 +258,90 @@ def test_a_run_killed_at_random_moments_loses_nothing(folder, tmp_path):
             process.wait()
             kills.append(len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()))
     assert len(kills) == 20 and len(set(kills)) > 3, kills  # before the end, at one step and another
-    train_grpo.train(config("train_grpo", folder, tmp_path / "run", resume=True, **flags))
+    train("train_grpo", folder, tmp_path / "run", resume=True, **flags)
     assert_same_to_the_bit(tmp_path / "whole", tmp_path / "run")
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(folder, tmp_path, monkeypatch, script):
+@pytest.mark.parametrize("script", ["train_grpo", "train_sft"])
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(
+    folder, tmp_path, monkeypatch, script
+):
     updates, calls = [], []
     step = torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *args, **more: (updates.append(1), step(*args, **more)))
-    forward = train_grpo.Policy.forward
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda *args, **more: (updates.append(1), step(*args, **more))
+    )
+    forward = model_module.Policy.forward
 
     def breaks(self, inputs, ids, mask):
         logp = forward(self, inputs, ids, mask)
         calls.append(1)
-        return logp * torch.nan if len(updates) == 1 and torch.is_grad_enabled() and mask.shape[0] == 1 and broken(calls) else logp
+        return (
+            logp * torch.nan
+            if len(updates) == 1 and torch.is_grad_enabled() and mask.shape[0] == 1 and broken(calls)
+            else logp
+        )
 
     def broken(calls):  # the third of four micro-batches
         calls.append("graded")
         return sum(call == "graded" for call in calls) == 3
 
-    monkeypatch.setattr(train_grpo.Policy, "forward", breaks)
+    monkeypatch.setattr(model_module.Policy, "forward", breaks)
     stream = [f"train.jsonl:{i + 1}" for i in stream_indices(24, 42, 4, 4)]
-    with pytest.raises(BadInput, match="step 1: the loss is not finite.*nan.*this update was not made") as error:
-        SCRIPTS[script].train(config(script, folder, tmp_path / "run", eval_data="", micro_batch=1))
+    with pytest.raises(
+        BadInput, match="step 1: the loss is not finite.*nan.*this update was not made"
+    ) as error:
+        train(script, folder, tmp_path / "run", eval_data="", micro_batch=1)
     assert len(updates) == 1
     assert [place for place in stream if str(error.value).endswith(place)] == [stream[2]]
 
 
-def test_the_start_says_what_is_held(folder, tmp_path, capsys):
-    train_grpo.train(config("train_grpo", folder, tmp_path / "all", max_steps=1, eval_data=""))
-    train_grpo.train(config("train_grpo", folder, tmp_path / "lora", max_steps=1, eval_data="", lora_rank=4))
-    model, _ = load_model(str(folder / "model"), torch.float32)
-    n = sum(p.numel() for p in model.parameters())
-    every, lora = [line for line in capsys.readouterr().out.splitlines() if "M parameters" in line]
-    assert every.startswith(f"{n / 1e6:.1f} M parameters, {n / 1e6:.1f} M of them trained, on each of 1 process(es)")
-    assert every.endswith(f"weights {4e-9 * n:.2f}, gradients {4e-9 * n:.2f}, AdamW {8e-9 * n:.2f}, reference {4e-9 * n:.2f}")
-    assert "reference" not in lora and "0.0 M of them trained" in lora
+# ---------------------------------------------------------------- two processes
 
 
-# ------------------------------------------------------------------------------------------------------ two processes
-
-SGD = "import torch\ntorch.optim.AdamW = lambda p, lr, weight_decay: torch.optim.SGD(p, lr)\n"  # Adam makes 1e-6 of rounding
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [False, True], ids=["DDP", "FSDP2"])
 def test_two_processes_resume_to_the_bit(folder, tmp_path, fsdp):
     flags = dict(keep_states=9, micro_batch=1)
-    launch(RUN.format("train_grpo"), *as_flags(config("train_grpo", folder, tmp_path / "whole", **flags)), fsdp=fsdp)
+    launch(
+        training_code("train_grpo"),
+        *as_flags(config("train_grpo", folder, tmp_path / "whole", **flags)),
+        fsdp=fsdp,
+    )
     shards = json.loads((tmp_path / "whole" / "checkpoint-2" / "state" / "state.json").read_text())["shards"]
     assert shards == (2 if fsdp else 1)
     undo(tmp_path / "whole", tmp_path / "run", 2)
-    launch(RUN.format("train_grpo"), *as_flags(config("train_grpo", folder, tmp_path / "run", resume=True, **flags)), fsdp=fsdp)
+    launch(
+        training_code("train_grpo"),
+        *as_flags(config("train_grpo", folder, tmp_path / "run", resume=True, **flags)),
+        fsdp=fsdp,
+    )
     assert_same_to_the_bit(tmp_path / "whole", tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora_rank", [0, 4], ids=["all weights", "LoRA"])
 def test_fsdp2_in_bf16_starts_at_the_reference_and_learns(folder, tmp_path, lora_rank):
     flags = as_flags(config("train_grpo", folder, tmp_path / "run", lr=0.1, lora_rank=lora_rank))
-    launch(SGD + RUN.format("train_grpo"), *flags, precision="bf16", fsdp=True)
-    (*lines, _), weights = result(tmp_path / "run")
+    launch(training_code("train_grpo", SGD), *flags, precision="bf16", fsdp=True)
+    *lines, _ = metrics(tmp_path / "run")
     assert lines[0]["kl"] == 0 < lines[-1]["kl"] and all(line["grad_norm"] > 0.01 for line in lines)
-    assert {weight.dtype for weight in weights.values()} == {torch.float32 if lora_rank else torch.bfloat16}
+    assert {weight.dtype for weight in weights(tmp_path / "run").values()} == {
+        torch.float32 if lora_rank else torch.bfloat16
+    }
 
 
-@pytest.mark.parametrize("script, flags", [("train_grpo", {}), ("train_grpo", dict(lora_rank=4)), ("train_sft", dict(freeze_audio_encoder=True, gradient_checkpointing=True))],
-                         ids=["GRPO", "GRPO with LoRA", "SFT"])  # fmt: skip
-def test_fsdp2_is_one_process_up_to_rounding(folder, tmp_path, monkeypatch, toy_model, examples, script, flags):
-    flags = flags | dict(lr=0.1, max_steps=4)
-    launch(SGD + RUN.format(script), *as_flags(config(script, folder, tmp_path / "two", **flags)), fsdp=True)
-    monkeypatch.setattr(torch.optim, "AdamW", lambda p, lr, weight_decay: torch.optim.SGD(p, lr))
-    SCRIPTS[script].train(config(script, folder, tmp_path / "one", **flags))
-    (lines_one, one), (lines_two, two) = result(tmp_path / "one"), result(tmp_path / "two")
-    for a, b in zip(lines_one, lines_two, strict=True):
-        for name in a:
-            assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-6), name
-    assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
-    start = load_file(folder / "model" / "model.safetensors") if "lora_rank" not in flags else {name: 0 * one[name] for name in one}
-    assert any((one[name] - start[name]).abs().max() > 1e-3 for name in one)  # it has moved
-
-    # what FSDP2 saved is a model like any other
-    model, processor = load_model(str(tmp_path / "two" / "checkpoint-2"))
-    texts = [p.completion for p in predict(model, processor, examples[:4], "answer", 4, 4, quiet=True)]
-    model, processor = load_model(str(tmp_path / "one" / "checkpoint-2"))
-    assert texts == [p.completion for p in predict(model, processor, examples[:4], "answer", 4, 4, quiet=True)]
-
-
+@pytest.mark.slow
 def test_under_fsdp2_processes_may_stop_sampling_at_other_lengths(folder, tmp_path):
     uneven = (
-        "import train_grpo\n"
-        "whole, rank = train_grpo.sample, Accelerator().process_index\n"
+        "import training\n"
+        "whole, rank = training.sample, Accelerator().process_index\n"
         "def sample(model, inputs, eos_ids, max_new_tokens, *more):\n"
         "    return whole(model, inputs, eos_ids, 2 if rank else max_new_tokens, *more)\n"
-        "train_grpo.sample = sample\n"
+        "training.sample = sample\n"
     )
     flags = as_flags(config("train_grpo", folder, tmp_path / "run", max_steps=3, eval_data=""))
-    launch(uneven + RUN.format("train_grpo"), *flags, fsdp=True)
-    lines, _ = result(tmp_path / "run")
+    launch(training_code("train_grpo", uneven), *flags, fsdp=True)
+    lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [0, 1, 2]
     assert all(2 < line["completion_tokens"] < 5 for line in lines)

@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from launch import launch
+from conftest import launch, run_script
 from transformers import GenerationConfig
 
 import evaluate
 from data import BadInput, load_examples
 from evaluate import judge, predict
 from rewards import extract_answer, mmau_match, paired_difference, wilson_interval
-from train_sft import Config, train
 
 
 def run_evaluate(monkeypatch, *flags):
@@ -28,24 +27,39 @@ def run_evaluate(monkeypatch, *flags):
 
 @pytest.fixture
 def flags(folder, tmp_path):
-    return ["--model", folder / "model", "--data", folder / "test.jsonl", "--output", tmp_path / "eval", "--max_new_tokens", 4]
+    return [
+        "--model",
+        folder / "model",
+        "--data",
+        folder / "test.jsonl",
+        "--output",
+        tmp_path / "eval",
+        "--max_new_tokens",
+        4,
+    ]
 
 
 def read(*path):
     return json.load(open("/".join(map(str, path))))
 
 
-# ------------------------------------------------------------------------------------------------------- answering
+# ---------------------------------------------------------------- answering
 
 
-def test_predictions_are_the_rows_with_what_the_official_script_reads(folder, tmp_path, monkeypatch, capsys, flags, toy_model):
+def test_predictions_are_the_rows_with_what_the_official_script_reads(
+    folder, tmp_path, monkeypatch, capsys, flags, toy_model
+):
     run_evaluate(monkeypatch, *flags, "--batch_size", 5)
     rows = read(tmp_path, "eval", "predictions.json")
     examples = load_examples(str(folder / "test.jsonl"))
-    alone = predict(*toy_model, examples, "answer", 1, 4, quiet=True)  # one at a time: no padding
+    alone = predict(*toy_model, examples, "answer", 1, 4)  # one at a time: no padding
     for row, example, prediction in zip(rows, examples, alone, strict=True):
         answer = extract_answer(prediction.completion, "answer")
-        assert row == example.row | {"completion": prediction.completion, "model_output": answer, "model_prediction": answer}
+        assert row == example.row | {
+            "completion": prediction.completion,
+            "model_output": answer,
+            "model_prediction": answer,
+        }
     right = sum(mmau_match(row["model_output"], row["answer"], row["choices"]) for row in rows)
     out = capsys.readouterr().out
     assert f"{right} of 12" in out and all(f"  {task} " in out for task in ("sound", "music", "speech"))
@@ -57,11 +71,24 @@ def test_results_say_what_was_measured_and_how(folder, tmp_path, monkeypatch, fl
     assert results["total"] == 12 and results["accuracy"] == results["correct"] / 12
     assert results["interval"] == list(wilson_interval(results["correct"], 12))
     assert results["unparseable"] == 1  # a model that has learned nothing
-    assert (results["over_length"], results["unreadable"], results["missing"], results["unanswered"]) == (0, [], 0, 0)
+    assert (results["over_length"], results["unreadable"], results["missing"], results["unanswered"]) == (
+        0,
+        [],
+        0,
+        0,
+    )
     assert results["data_sha256"] == hashlib.sha256((folder / "test.jsonl").read_bytes()).hexdigest()
-    assert (results["model"], results["prompt"], results["decoding"]) == (str(folder / "model"), "answer", "greedy")
+    assert (results["model"], results["prompt"], results["decoding"]) == (
+        str(folder / "model"),
+        "answer",
+        "greedy",
+    )
     assert results["versions"]["torch"] == torch.__version__ and results["seconds"] > 0
-    assert {name: part["total"] for name, part in results["by"]["task"].items()} == {"music": 4, "sound": 4, "speech": 4}
+    assert {name: part["total"] for name, part in results["by"]["task"].items()} == {
+        "music": 4,
+        "sound": 4,
+        "speech": 4,
+    }
     assert sum(part["correct"] for part in results["by"]["task"].values()) == results["correct"]
 
 
@@ -70,7 +97,18 @@ def test_a_checkpoint_remembers_its_prompt(folder, tmp_path, monkeypatch, flags)
     (tmp_path / "trained" / "run.json").write_text('{"prompt": "think"}')
     run_evaluate(monkeypatch, *flags, "--limit", 1, "--model", tmp_path / "trained")
     assert read(tmp_path, "eval", "results.json")["prompt"] == "think"
-    run_evaluate(monkeypatch, *flags, "--limit", 1, "--model", tmp_path / "trained", "--prompt", "plain", "--output", tmp_path / "two")
+    run_evaluate(
+        monkeypatch,
+        *flags,
+        "--limit",
+        1,
+        "--model",
+        tmp_path / "trained",
+        "--prompt",
+        "plain",
+        "--output",
+        tmp_path / "two",
+    )
     assert read(tmp_path, "two", "results.json")["prompt"] == "plain"
 
 
@@ -83,10 +121,16 @@ def test_rows_without_answers_are_predicted_and_not_scored(folder, tmp_path, mon
     assert "nothing to score" in capsys.readouterr().out
     predictions = read(tmp_path, "eval", "predictions.json")
     assert [row | {"model_output": p["model_output"]} for row, p in zip(rows, predictions)] == [
-        {key: value for key, value in p.items() if key not in ("model_prediction", "completion")} for p in predictions
+        {key: value for key, value in p.items() if key not in ("model_prediction", "completion")}
+        for p in predictions
     ]
     results = read(tmp_path, "eval", "results.json")
-    assert (results["accuracy"], results["total"], results["interval"], results["unanswered"]) == (None, 0, None, 12)
+    assert (results["accuracy"], results["total"], results["interval"], results["unanswered"]) == (
+        None,
+        0,
+        None,
+        12,
+    )
 
 
 def test_one_bad_clip_costs_one_row(folder, tmp_path, monkeypatch, flags, capsys):
@@ -112,7 +156,7 @@ def test_clips_that_the_model_cannot_hear_whole_are_said(tmp_path, monkeypatch, 
     row = {"audio": "long.wav", "question": "What?", "choices": ["a", "b"], "answer": "a"}
     (tmp_path / "one.jsonl").write_text(json.dumps(row))
     run_evaluate(monkeypatch, *flags, "--data", tmp_path / "one.jsonl")
-    assert "1 clips are longer than the model hears" in capsys.readouterr().out
+    assert "1 clips are longer than the model's window" in capsys.readouterr().out
     assert read(tmp_path, "eval", "results.json")["over_length"] == 1
 
 
@@ -127,7 +171,9 @@ def test_silence_answers_without_hearing(folder, tmp_path, monkeypatch, flags):
     flags += ["--data", tmp_path / "rows.json"]
     run_evaluate(monkeypatch, *flags)
     run_evaluate(monkeypatch, *flags, "--silence", "--output", tmp_path / "silent")
-    heard, silent = ({row["completion"] for row in read(tmp_path, name, "predictions.json")} for name in ("eval", "silent"))
+    heard, silent = (
+        {row["completion"] for row in read(tmp_path, name, "predictions.json")} for name in ("eval", "silent")
+    )
     assert len(silent) == 1 < len(heard)
     assert read(tmp_path, "silent", "results.json")["silence"] is True
 
@@ -137,8 +183,19 @@ def test_decoding_by_the_models_own_generation_config(folder, tmp_path, monkeypa
     run_evaluate(monkeypatch, *flags)
     shutil.copytree(folder / "model", tmp_path / "greedy")
     config = GenerationConfig.from_pretrained(folder / "model")
-    GenerationConfig(do_sample=False, eos_token_id=config.eos_token_id, pad_token_id=3).save_pretrained(tmp_path / "greedy")
-    run_evaluate(monkeypatch, *flags, "--decoding", "model", "--model", tmp_path / "greedy", "--output", tmp_path / "own")
+    GenerationConfig(do_sample=False, eos_token_id=config.eos_token_id, pad_token_id=3).save_pretrained(
+        tmp_path / "greedy"
+    )
+    run_evaluate(
+        monkeypatch,
+        *flags,
+        "--decoding",
+        "model",
+        "--model",
+        tmp_path / "greedy",
+        "--output",
+        tmp_path / "own",
+    )
     assert read(tmp_path, "eval", "predictions.json") == read(tmp_path, "own", "predictions.json")
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         run_evaluate(monkeypatch, *flags, "--decoding", "model", "--seed", seed, "--output", tmp_path / name)
@@ -146,26 +203,31 @@ def test_decoding_by_the_models_own_generation_config(folder, tmp_path, monkeypa
     assert a == b != c and a != read(tmp_path, "eval", "predictions.json")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit, fsdp", [(12, False), (11, False), (11, True)])
 def test_two_processes_score_each_row_once(folder, tmp_path, monkeypatch, flags, limit, fsdp):
     run_evaluate(monkeypatch, *flags, "--limit", limit)
-    launch("import evaluate; evaluate.main()", *flags, "--limit", limit, "--output", tmp_path / "two", fsdp=fsdp)
+    launch(
+        "import evaluate; evaluate.main()", *flags, "--limit", limit, "--output", tmp_path / "two", fsdp=fsdp
+    )
     one, two = (read(tmp_path, name, "predictions.json") for name in ("eval", "two"))
     assert one == two and len(one) == limit
     one, two = (read(tmp_path, name, "results.json") for name in ("eval", "two"))
     assert (one.pop("processes"), two.pop("processes")) == (1, 2)
-    assert {k: v for k, v in one.items() if k != "seconds"} == {k: v for k, v in two.items() if k != "seconds"}
+    assert {k: v for k, v in one.items() if k != "seconds"} == {
+        k: v for k, v in two.items() if k != "seconds"
+    }
 
 
 def test_one_question_about_ones_own_clip(folder, monkeypatch, capsys, toy_model):
     example = load_examples(str(folder / "test.jsonl"))[0]
     asked = ["--ask", example.audio, "--question", example.question, "--choices", *example.choices]
     run_evaluate(monkeypatch, "--model", folder / "model", "--max_new_tokens", 4, *asked)
-    (prediction,) = predict(*toy_model, [example], "answer", 1, 4, quiet=True)
+    (prediction,) = predict(*toy_model, [example], "answer", 1, 4)
     assert capsys.readouterr().out == prediction.completion + "\n"
 
 
-# --------------------------------------------------------------------------------------------------------- scoring
+# ---------------------------------------------------------------- scoring
 
 
 def official(prediction, answer, choices):
@@ -187,7 +249,26 @@ def official(prediction, answer, choices):
     return len(said) > 0
 
 
-WORDS = ["dog", "Dog", "cat", "a", "barking", "2", "2.5", "é", "naïve", "犬", "x_y", "O'Neil", "well-known", "ß", "İ", "?", "", "𝟜"]
+WORDS = [
+    "dog",
+    "Dog",
+    "cat",
+    "a",
+    "barking",
+    "2",
+    "2.5",
+    "é",
+    "naïve",
+    "犬",
+    "x_y",
+    "O'Neil",
+    "well-known",
+    "ß",
+    "İ",
+    "?",
+    "",
+    "𝟜",
+]
 
 
 def mmau_rows(n, seed):
@@ -198,12 +279,33 @@ def mmau_rows(n, seed):
         choices += rng.choices(choices, k=rng.randint(0, 1))  # some stand twice
         answer = rng.choice(choices) or "dog"
         other = rng.choice(choices)
-        said = rng.choice([
-            answer, answer.upper(), f"The answer is {answer}.", f"({answer})!", f"{answer} or {other}", other, "", " ", "?!",
-            answer[::-1], " ".join(rng.choices(WORDS, k=4)), "".join(chr(rng.randint(32, 0x2FFF)) for _ in range(8)),
-        ])  # fmt: skip
-        row = {"id": str(i), "choices": choices, "answer": answer, "task": rng.choice(["sound", "music", "speech"])}
-        row |= {"difficulty": rng.choice(["easy", "hard"]), "sub-category": f"sub {rng.randint(0, 5)}", "category": ["a", "b"]}
+        said = rng.choice(
+            [
+                answer,
+                answer.upper(),
+                f"The answer is {answer}.",
+                f"({answer})!",
+                f"{answer} or {other}",
+                other,
+                "",
+                " ",
+                "?!",
+                answer[::-1],
+                " ".join(rng.choices(WORDS, k=4)),
+                "".join(chr(rng.randint(32, 0x2FFF)) for _ in range(8)),
+            ]
+        )
+        row = {
+            "id": str(i),
+            "choices": choices,
+            "answer": answer,
+            "task": rng.choice(["sound", "music", "speech"]),
+        }
+        row |= {
+            "difficulty": rng.choice(["easy", "hard"]),
+            "sub-category": f"sub {rng.randint(0, 5)}",
+            "category": ["a", "b"],
+        }
         rows.append(row | {rng.choice(["model_output", "model_prediction"]): said})
     return rows
 
@@ -241,7 +343,10 @@ ROW = {"choices": ["dog", "cat"], "answer": "dog"}
         ({"choices": ["dog", "cat"], "model_output": "dog"}, None),
         (ROW | {"answer": "", "model_output": "dog"}, None),
         ({"choices": [2, 3], "answer": 2, "model_output": 2}, True),
-        (ROW | {"answer": "a hound", "model_output": "a hound"}, True),  # not among the options: the rule does not ask
+        (
+            ROW | {"answer": "a hound", "model_output": "a hound"},
+            True,
+        ),  # not among the options: the rule does not ask
         ({"multi_choice": ["dog", "cat"], "answer": 1, "model_output": "cat"}, True),  # AVQA
     ],
 )
@@ -250,7 +355,9 @@ def test_odd_rows_are_judged(row, right):
 
 
 def test_rows_without_a_prediction_are_wrong_and_counted(tmp_path, monkeypatch, capsys):
-    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(row) for row in (ROW, ROW | {"model_output": "dog"}, ROW)))
+    (tmp_path / "p.jsonl").write_text(
+        "\n".join(json.dumps(row) for row in (ROW, ROW | {"model_output": "dog"}, ROW))
+    )
     run_evaluate(monkeypatch, "--score", tmp_path / "p.jsonl")
     results = read(tmp_path, "results.json")
     assert (results["correct"], results["total"], results["missing"]) == (1, 3, 2)
@@ -267,7 +374,9 @@ def test_mmar_is_grouped_by_modality(tmp_path, monkeypatch):
     rows = [ROW | {"modality": m, "model_output": "dog"} for m in ("sound", "mix-sound-speech", "sound")]
     (tmp_path / "p.json").write_text(json.dumps(rows))
     run_evaluate(monkeypatch, "--score", tmp_path / "p.json")
-    assert {name: part["total"] for name, part in read(tmp_path, "results.json")["by"]["modality"].items()} == {
+    assert {
+        name: part["total"] for name, part in read(tmp_path, "results.json")["by"]["modality"].items()
+    } == {
         "sound": 2,
         "mix-sound-speech": 1,
     }
@@ -279,12 +388,14 @@ def test_scoring_again_keeps_what_the_run_knew(tmp_path, monkeypatch, flags):
     run_evaluate(monkeypatch, "--score", tmp_path / "eval" / "predictions.json")
     assert read(tmp_path, "eval", "results.json") == before
     (tmp_path / "eval" / "predictions.json").write_text(json.dumps([ROW | {"model_output": "dog"}]))
-    run_evaluate(monkeypatch, "--score", tmp_path / "eval" / "predictions.json")  # another file: nothing of the old is true
+    run_evaluate(
+        monkeypatch, "--score", tmp_path / "eval" / "predictions.json"
+    )  # another file: nothing of the old is true
     after = read(tmp_path, "eval", "results.json")
     assert after["total"] == 1 and "model" not in after and after["unparseable"] is None
 
 
-# -------------------------------------------------------------------------------------------------------- comparing
+# ---------------------------------------------------------------- comparing
 
 
 def test_two_files_are_compared_row_by_row(tmp_path, monkeypatch, capsys):
@@ -303,16 +414,20 @@ def test_two_files_are_compared_row_by_row(tmp_path, monkeypatch, capsys):
     assert numbers[6] == 300 and all(f"  {task} " in out for task in ("sound", "music", "speech"))
 
 
-# ------------------------------------------------------------------------------------------------------ checkpoints
+# ---------------------------------------------------------------- checkpoints
 
 
 def test_adapters_are_evaluated_as_they_are(folder, tmp_path, monkeypatch, flags):
-    settings = dict(model=str(folder / "model"), data=str(folder / "train.jsonl"), prompts_per_step=4, max_steps=4, lr=1e-2)
-    train(Config(**settings, lora_rank=4, save_every=2, merge=True, output=str(tmp_path / "run")))
+    run_script("train_sft", folder, tmp_path / "run", max_steps=4, lora_rank=4, save_every=2, merge=True)
     for name in ("", "merged", "checkpoint-2"):
-        run_evaluate(monkeypatch, *flags, "--model", tmp_path / "run" / name, "--output", tmp_path / f"eval {name}")
+        run_evaluate(
+            monkeypatch, *flags, "--model", tmp_path / "run" / name, "--output", tmp_path / f"eval {name}"
+        )
     run_evaluate(monkeypatch, *flags)
-    base, adapted, merged, half = (read(tmp_path, name, "predictions.json") for name in ("eval", "eval ", "eval merged", "eval checkpoint-2"))
+    base, adapted, merged, half = (
+        read(tmp_path, name, "predictions.json")
+        for name in ("eval", "eval ", "eval merged", "eval checkpoint-2")
+    )
     assert adapted == merged != base != half
     run_evaluate(monkeypatch, *flags[2:4], "--max_new_tokens", 4, "--checkpoints", tmp_path / "run")
     assert read(tmp_path, "run", "eval", "checkpoint-2", "predictions.json") == half
@@ -332,12 +447,15 @@ def test_every_checkpoint_not_yet_done_is_evaluated(folder, tmp_path, monkeypatc
     written = done.stat().st_mtime_ns
     shutil.copytree(folder / "model", tmp_path / "run" / "checkpoint-15")
     run_evaluate(monkeypatch, *flags)
-    assert done.stat().st_mtime_ns == written and (tmp_path / "run" / "eval" / "checkpoint-15" / "results.json").exists()
-    with pytest.raises(BadInput, match="was made with another max_new_tokens; name another --output"):
+    assert (
+        done.stat().st_mtime_ns == written
+        and (tmp_path / "run" / "eval" / "checkpoint-15" / "results.json").exists()
+    )
+    with pytest.raises(BadInput, match="made with another max_new_tokens; name another --output"):
         run_evaluate(monkeypatch, *flags, "--max_new_tokens", 5)
 
 
-# ------------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------- bad input
 
 
 BAD = {
@@ -348,13 +466,22 @@ BAD = {
     "negative limit": (["--limit", -1], "--limit must be at least 0"),
     "batch size": (["--batch_size", 0], "--batch_size"),
     "no clips": (["--audio_dir", "nowhere"], "no audio file .*12 of 12 clips are missing"),
-    "no such folder of checkpoints": (["--checkpoints", "nowhere"], "nowhere: holds no complete checkpoint-N"),
+    "no such folder of checkpoints": (
+        ["--checkpoints", "nowhere"],
+        "nowhere: holds no complete checkpoint-N",
+    ),
     "two things": (["--score", "a", "--ask", "b"], "--score and --ask are two things to do"),
     "no file to score": (["--score", "nowhere"], "nowhere: cannot be read"),
     "one file to compare": (["--compare", "a"], "takes two files"),
     "nothing to ask": (["--ask", "a.wav"], "--ask: no question"),
-    "nothing to choose from": (["--ask", "a.wav", "--question", "b", "--choices", "c"], "--ask: no list of at least two options"),
-    "no clip to ask about": (["--ask", "a.wav", "--question", "b", "--choices", "c", "d"], "a.wav: no such audio file"),
+    "nothing to choose from": (
+        ["--ask", "a.wav", "--question", "b", "--choices", "c"],
+        "--ask: no list of at least two options",
+    ),
+    "no clip to ask about": (
+        ["--ask", "a.wav", "--question", "b", "--choices", "c", "d"],
+        "a.wav: no such audio file",
+    ),
 }
 
 
@@ -371,7 +498,10 @@ BAD_PREDICTIONS = {
     "no rows": ([], "holds no rows"),
     "no options": ([{"answer": "a", "model_output": "a"}], "p.json: row 1: no list of options"),
     "not an object": ([ROW | {"model_output": "a"}, 3], "p.json: row 2: not a JSON object"),
-    "index is a float": ([{"multi_choice": ["a", "b"], "answer": 1.0, "model_output": "a"}], "index from 0 to 1, not 1.0"),
+    "index is a float": (
+        [{"multi_choice": ["a", "b"], "answer": 1.0, "model_output": "a"}],
+        "index from 0 to 1, not 1.0",
+    ),
     "index": ([{"multi_choice": ["a", "b"], "answer": 2, "model_output": "a"}], "index from 0 to 1, not 2"),
 }
 
@@ -390,7 +520,7 @@ def test_files_that_cannot_be_compared_are_refused(tmp_path, monkeypatch):
     for name, part in {"a": rows, "fewer": rows[:2], "twice": rows + rows[:1], "bare": bare}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(part))
     for other, says in {
-        "fewer": "hold other questions: 1 are only in the first, 0 in the second",
+        "fewer": "hold different questions: 1 are only in the first, 0 in the second",
         "twice": "twice.json: row 4: the same question as in a row before it",
     }.items():
         with pytest.raises(BadInput, match=says):

@@ -1,4 +1,6 @@
-"""What the README says is so: its links, its commands, its list of differences, and its changes to the code."""
+"""What the README says is so: its links, its commands, its list of differences, and its changes to the
+code.
+"""
 
 import json
 import re
@@ -22,14 +24,21 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SCRIPTS = {"train_grpo.py": train_grpo, "train_sft.py": train_sft, "evaluate.py": evaluate}
 # "**title** ...", then a block of changes
-CHANGES = {title: diff for title, diff in re.findall(r"\n\*\*([^*\n]+)\*\*(?:(?!\n\*\*).)*?```diff\n(.*?)```", README, re.DOTALL)}
+CHANGES = {
+    title: diff
+    for title, diff in re.findall(r"\n\*\*([^*\n]+)\*\*(?:(?!\n\*\*).)*?```diff\n(.*?)```", README, re.DOTALL)
+}
 
 
 def test_links_lead_to_the_line_of_the_function():
     links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", README)
     assert len(links) >= 7
     for name, file, line in links:
-        assert (ROOT / file).read_text().splitlines()[int(line) - 1].startswith(f"def {name}("), (name, file, line)
+        assert (ROOT / file).read_text().splitlines()[int(line) - 1].startswith(f"def {name}("), (
+            name,
+            file,
+            line,
+        )
 
 
 def test_links_within_the_repository_lead_somewhere():
@@ -39,27 +48,43 @@ def test_links_within_the_repository_lead_somewhere():
 
 def test_commands_name_flags_that_exist():
     lines = README.replace("\\\n", " ").splitlines()
-    commands = [line for line in lines if re.match(r"    (accelerate|python) .*(train_grpo|train_sft|evaluate)\.py", line)]
+    commands = [
+        line
+        for line in lines
+        if re.match(r"    (accelerate|python) .*(train_grpo|train_sft|evaluate)\.py", line)
+    ]
     commands += re.findall(r"`\$L ((?:train_grpo|train_sft|evaluate)\.py .*?)`", README)
     assert len(commands) > 10
     for command in commands:
         script, flags = re.search(r"(\w+\.py)(.*)", command).groups()
         words = [word for word in shlex.split(flags) if word not in ("...", "…")]
-        _, unknown = HfArgumentParser(SCRIPTS[script].Config).parse_args_into_dataclasses(words, return_remaining_strings=True)
+        _, unknown = HfArgumentParser(SCRIPTS[script].Config).parse_args_into_dataclasses(
+            words, return_remaining_strings=True
+        )
         assert not unknown, command
 
 
 def test_the_question_asked_is_the_one_about_that_clip(tmp_path):
     toy.make_data(tmp_path, "test", 1, seed=2)
     row = json.loads((tmp_path / "test.jsonl").read_text())
-    question, choices = re.search(r'--ask runs/toy/test/0000.wav \\\n +--question "(.*?)" --choices (.*)', README).groups()
+    question, choices = re.search(
+        r'--ask runs/toy/test/0000.wav \\\n +--question "(.*?)" --choices (.*)', README
+    ).groups()
     assert question in toy.KINDS[row["kind"]][1] and choices.split() == row["choices"]
 
 
 def test_every_flag_of_the_tables_exists():
     fields = set().union(*(script.Config.__dataclass_fields__ for script in SCRIPTS.values()))
     named = set(re.findall(r"`--(\w+)", README))
-    elsewhere = {"help", "json", "size", "mixed_precision", "multi_gpu", "machine_rank", "decode"}  # of other scripts, or accelerate's
+    elsewhere = {
+        "help",
+        "json",
+        "size",
+        "mixed_precision",
+        "multi_gpu",
+        "machine_rank",
+        "decode",
+    }  # of other scripts, or accelerate's
     assert named - elsewhere <= fields
 
 
@@ -69,7 +94,7 @@ def test_what_differs_is_what_the_docstring_says():
     assert items and items == re.findall(r"^- .*(?:\n  .*)*", train_grpo.__doc__, re.MULTILINE)
 
 
-# ---------------------------------------------------------------------------------------------------------- change it
+# ---------------------------------------------------------------- change it
 
 
 TRAIN = """
@@ -83,7 +108,10 @@ train_grpo.train(parse(train_grpo.Config, ""))
 @pytest.fixture(scope="module")
 def run(folder, tmp_path_factory):
     """The metrics of a short run of the repository with a change applied."""
-    rows = [json.loads(line) | {"completion": "odd" if i % 2 else "even"} for i, line in enumerate(open(folder / "train.jsonl"))]
+    rows = [
+        json.loads(line) | {"completion": "odd" if i % 2 else "even"}
+        for i, line in enumerate(open(folder / "train.jsonl"))
+    ]
     (folder / "predictions.json").write_text(json.dumps(rows))
 
     def run_changed(diff: str, *flags: str, two_processes: bool = False) -> list[dict]:
@@ -97,7 +125,9 @@ def run(folder, tmp_path_factory):
         if two_processes:
             launch(TRAIN, *settings.split(), *flags, root=str(copy))
             return metrics(copy / "run")
-        done = subprocess.run([sys.executable, "-c", TRAIN, *settings.split(), *flags], cwd=copy, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", TRAIN, *settings.split(), *flags], cwd=copy, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         return metrics(copy / "run")
 
@@ -110,19 +140,33 @@ def unchanged(run):
 
 
 def test_there_are_six_changes():
-    assert list(CHANGES) == ["Another reward", "Dr. GRPO", "DAPO", "No KL", "Only the hard questions", "Another prompt"]
-    assert all(sum(line[0] in "+-" and line[:3] not in ("+++", "---") for line in diff.splitlines()) <= 8 for diff in CHANGES.values())
+    assert list(CHANGES) == [
+        "Another reward",
+        "Dr. GRPO",
+        "DAPO",
+        "No KL",
+        "Only the hard questions",
+        "Another prompt",
+    ]
+    assert all(
+        sum(line[0] in "+-" and line[:3] not in ("+++", "---") for line in diff.splitlines()) <= 8
+        for diff in CHANGES.values()
+    )
 
 
 def test_another_reward(run, unchanged):
     for line in run(CHANGES["Another reward"]):
         brevity = line["reward"] - line["reward_accuracy"] - line["reward_format"]
         assert -0.1 <= brevity < -0.01  # of at most 30 tokens 20 are free, and an untrained model rarely ends
-    assert all(line["reward"] == pytest.approx(line["reward_accuracy"] + line["reward_format"]) for line in unchanged)
+    assert all(
+        line["reward"] == pytest.approx(line["reward_accuracy"] + line["reward_format"]) for line in unchanged
+    )
 
 
 def test_dr_grpo(run, unchanged):
-    """Deviations are below 1, and the constant is far above the length: a smaller gradient, from the same samples."""
+    """Deviations are below 1, and the constant is far above the length: a smaller gradient, from the same
+    samples.
+    """
     (first, *_), (plain, *_) = run(CHANGES["Dr. GRPO"]), unchanged
     assert first["reward"] == plain["reward"] and 0 < first["grad_norm"] < 0.3 * plain["grad_norm"]
 
@@ -130,7 +174,9 @@ def test_dr_grpo(run, unchanged):
 def test_dapo(run, unchanged):
     (first, *_), (plain, *_) = run(CHANGES["DAPO"], "--micro_batch", "1"), unchanged
     assert first["reward"] == plain["reward"] and first["clip_fraction"] < plain["clip_fraction"]
-    (together, *_) = run(CHANGES["DAPO"], "--micro_batch", "4")  # the mean is over all tokens of the step, however they are split
+    (together, *_) = run(
+        CHANGES["DAPO"], "--micro_batch", "4"
+    )  # the mean is over all tokens of the step, however they are split
     assert together["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-3) != plain["grad_norm"]
 
 

@@ -1,7 +1,15 @@
 import numpy as np
 import pytest
 
-from rewards import accuracy_reward, extract_answer, format_reward, mcnemar_p, mmau_match, paired_difference, wilson_interval
+from rewards import (
+    accuracy_reward,
+    extract_answer,
+    format_reward,
+    mcnemar_p,
+    mmau_match,
+    paired_difference,
+    wilson_interval,
+)
 
 ANSWER, THINK = "<answer>dog</answer>", "<think>it barks</think><answer>dog</answer>"
 
@@ -64,7 +72,9 @@ def test_accuracy_is_text_against_text():
     assert accuracy_reward("<answer>Woman 1</answer>", "Man 1", "answer") == 0  # math_verify sees 1 = 1
     assert accuracy_reward("<answer>B. 3</answer>", "D. 3", "answer") == 0
     assert accuracy_reward("<answer>man 1</answer>", "Man 1", "answer") == 0
-    assert accuracy_reward("Man 1", "Man 1", "answer") == 1  # right without the block; the format reward is its own
+    assert (
+        accuracy_reward("Man 1", "Man 1", "answer") == 1
+    )  # right without the block; the format reward is its own
 
 
 @pytest.mark.parametrize(
@@ -82,7 +92,12 @@ def test_accuracy_is_text_against_text():
         ("dark red", "dark red", ["dark red", "red"], True),  # what the answer shares is no fault
         ("dark red", "red", ["dark red", "red"], False),
         ("up then down", "up then down", ["up", "down", "up then down"], True),
-        ("red dark", "dark red", ["dark red", "red dark", "blue"], True),  # the same words are the same answer
+        (
+            "red dark",
+            "dark red",
+            ["dark red", "red dark", "blue"],
+            True,
+        ),  # the same words are the same answer
         ("dog", "dog", ["dog", "dog", "cat"], True),
         ("2.82", "2.82 seconds", ["2.82 seconds", "2.83 seconds"], False),
         ("2.82 seconds", "2.82 seconds", ["2.82 seconds", "2.83 seconds"], True),
@@ -102,8 +117,12 @@ def test_wilson_intervals_are_the_published_ones(correct, total, low, high):
 
 
 def test_mcnemar_is_the_published_one():
-    assert mcnemar_p(9, 2) == pytest.approx(0.06543, abs=5e-6)  # R's exact2x2, mcnemar.exact(matrix(c(21, 9, 2, 12), 2, 2))
-    assert mcnemar_p(1, 7) == pytest.approx(0.0703, abs=5e-5)  # Fagerland et al. 2013, Bentur's stem cell data
+    assert mcnemar_p(9, 2) == pytest.approx(
+        0.06543, abs=5e-6
+    )  # R's exact2x2, mcnemar.exact(matrix(c(21, 9, 2, 12), 2, 2))
+    assert mcnemar_p(1, 7) == pytest.approx(
+        0.0703, abs=5e-5
+    )  # Fagerland et al. 2013, Bentur's stem cell data
     assert mcnemar_p(5, 0) == 0.0625 and mcnemar_p(0, 0) == mcnemar_p(3, 3) == 1
     assert 0 <= mcnemar_p(600, 9000) < 1e-300
 

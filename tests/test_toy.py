@@ -63,7 +63,9 @@ def test_a_second_run_reuses_the_toy_and_clears_the_first(tmp_path, monkeypatch,
 def test_the_toy_runs_on_any_number_of_processes(tmp_path, monkeypatch, processes):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(toy, "make", lambda: None)
-    accelerator = SimpleNamespace(num_processes=processes, is_main_process=True, wait_for_everyone=lambda: None)
+    accelerator = SimpleNamespace(
+        num_processes=processes, is_main_process=True, wait_for_everyone=lambda: None
+    )
     flags = toy.prepare_run(accelerator)
     flags = dict(zip(flags[::2], flags[1::2]))
     assert int(flags["--prompts_per_step"]) % (processes * int(flags["--micro_batch"])) == 0
@@ -74,15 +76,23 @@ def test_grpo_teaches_the_toy(tmp_path):
     """The README's first command, then an evaluation of what it made."""
     launched = command(tmp_path, "-m", "accelerate.commands.launch", ROOT / "train_grpo.py")
     assert launched.returncode == 0, launched.stderr[-3000:]
-    before, after = map(float, re.search(r"held-out accuracy: ([\d.]+)% at first, ([\d.]+)% after", launched.stdout).groups())
+    before, after = map(
+        float, re.search(r"held-out accuracy: ([\d.]+)% at first, ([\d.]+)% after", launched.stdout).groups()
+    )
     print(f"toy: {before} % before, {after} % after")
     assert 35 <= before <= 65 and after - before >= 20
     lines = [json.loads(line) for line in open(tmp_path / "runs/toy/grpo/metrics.jsonl")]
-    assert len(lines) == 401 and abs(lines[0]["kl"]) < 1e-6 and lines.pop()["eval_accuracy"] * 100 == pytest.approx(after, abs=0.05)
+    assert (
+        len(lines) == 401
+        and abs(lines[0]["kl"]) < 1e-6
+        and lines.pop()["eval_accuracy"] * 100 == pytest.approx(after, abs=0.05)
+    )
     assert sum(line["reward"] for line in lines[-20:]) > sum(line["reward"] for line in lines[:20]) + 5
     assert os.listdir(tmp_path / "runs/toy/base") and not (tmp_path / "runs/toy/init").exists()
 
-    flags = "--model runs/toy/grpo --data runs/toy/test.jsonl --output runs/toy/eval --max_new_tokens 16".split()
+    flags = (
+        "--model runs/toy/grpo --data runs/toy/test.jsonl --output runs/toy/eval --max_new_tokens 16".split()
+    )
     evaluated = command(tmp_path, ROOT / "evaluate.py", *flags)
     assert re.search(rf"all +{after}%", evaluated.stdout), evaluated.stdout + evaluated.stderr[-3000:]
 
@@ -122,8 +132,12 @@ def test_shifted_questions_are_unlike_any_in_training(tmp_path):
             assert peak == pytest.approx(peak_before / 1.2, rel=0.01)
 
 
-def test_the_comparison_runs_each_method_with_each_seed_and_reuses_what_is_there(tmp_path, monkeypatch, capsys):
-    """With the scripts replaced by what they would leave behind; their flags are parsed by the real settings."""
+def test_the_comparison_runs_each_method_with_each_seed_and_reuses_what_is_there(
+    tmp_path, monkeypatch, capsys
+):
+    """With the scripts replaced by what they would leave behind; their flags are parsed by the real
+    settings.
+    """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/toy/base").mkdir(parents=True)
     monkeypatch.setattr(toy, "N_TEST", 24)
@@ -135,7 +149,9 @@ def test_the_comparison_runs_each_method_with_each_seed_and_reuses_what_is_there
         ran.append((name, settings))
         os.makedirs(settings.output, exist_ok=True)
         if name == "evaluate.py":
-            (Path(settings.output) / "results.json").write_text(json.dumps({"accuracy": 0.5 + 0.01 * len(ran)}))
+            (Path(settings.output) / "results.json").write_text(
+                json.dumps({"accuracy": 0.5 + 0.01 * len(ran)})
+            )
         else:
             (Path(settings.output) / "run.json").touch()
 
@@ -143,11 +159,19 @@ def test_the_comparison_runs_each_method_with_each_seed_and_reuses_what_is_there
     toy.compare()
     trained = [(name, settings) for name, settings in ran if name != "evaluate.py"]
     assert len(trained) == 15 and len(ran) == 15 + 32
-    assert {(settings.max_steps, settings.prompts_per_step) for _, settings in trained} == {(400, 16)}  # the same samples seen
+    assert {(settings.max_steps, settings.prompts_per_step) for _, settings in trained} == {
+        (400, 16)
+    }  # the same samples seen
     assert [settings.seed for _, settings in trained] == [1, 2, 3] * 5
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert [row.split(" | ")[0] for row in rows[2:]] == ["| base", *(f"| {method}" for method in toy.COMPARED)]
-    assert rows[2] == "| base | 51.0 | 52.0 |" and rows[3] == "| full SFT | 57.0 (54.0 to 60.0) | 58.0 (55.0 to 61.0) |"
+    assert [row.split(" | ")[0] for row in rows[2:]] == [
+        "| base",
+        *(f"| {method}" for method in toy.COMPARED),
+    ]
+    assert (
+        rows[2] == "| base | 51.0 | 52.0 |"
+        and rows[3] == "| full SFT | 57.0 (54.0 to 60.0) | 58.0 (55.0 to 61.0) |"
+    )
     before = len(ran)
     toy.compare()
     assert len(ran) == before
@@ -163,7 +187,9 @@ def test_the_picture_draws_what_the_run_wrote(tmp_path):
     # 300 wide from 50 on, 180 high down to 230
     assert held_out == "50.0,185.0 350.0,50.0" and sampled == f"{50 + 300 * 9 / 19:.1f},140.0 350.0,140.0"
     means = [0.12 * 4.5 / 19, 0.12 * 14.5 / 19]  # on a scale that ends at 0.1
-    assert [float(point.split(",")[1]) for point in kl.split()] == pytest.approx([230 - 1800 * mean for mean in means], abs=0.1)
+    assert [float(point.split(",")[1]) for point in kl.split()] == pytest.approx(
+        [230 - 1800 * mean for mean in means], abs=0.1
+    )
 
 
 def test_no_run_makes_no_picture(tmp_path):
@@ -174,4 +200,7 @@ def test_no_run_makes_no_picture(tmp_path):
 
 def test_an_unknown_word_is_refused():
     done = command(ROOT, "toy.py", "compete")
-    assert done.returncode == 1 and done.stderr == "error: toy.py takes nothing, or one of the words compare and curves\n"
+    assert (
+        done.returncode == 1
+        and done.stderr == "error: toy.py takes nothing, or one of the words compare and curves\n"
+    )

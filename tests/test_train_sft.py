@@ -1,36 +1,36 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from launch import as_flags, launch
-from oracle import inputs_of, prompt_alone
+from conftest import ROOT, inputs_of, metrics, run_script
 from peft import PeftModel
 from safetensors.torch import load_file
 
 from checkpoints import merge
 from data import BadInput
 from model import load_model
-from train_sft import Config, answer_batch, train
+from train_sft import answer_batch
 
 
-def config(folder, output, **flags):
-    settings = dict(model=str(folder / "model"), data=str(folder / "train.jsonl"), output=str(output))
-    return Config(**settings | dict(prompts_per_step=4, max_steps=2, lr=1e-2) | flags)
-
-
-def metrics(output):
-    return [json.loads(line) for line in open(output / "metrics.jsonl")]
+def train(folder, output, **flags):
+    run_script("train_sft", folder, output, **flags)
 
 
 @pytest.mark.parametrize("prompt", ["plain", "answer"])
-def test_loss_is_the_models_own_on_the_answer_tokens(folder, tmp_path, toy_model, examples, monkeypatch, prompt):
+def test_loss_is_the_models_own_on_the_answer_tokens(
+    folder, tmp_path, toy_model, examples, monkeypatch, prompt
+):
     model, processor = toy_model
-    monkeypatch.setattr("training.stream_indices", lambda *_: [3])
-    train(config(folder, tmp_path / "run", prompts_per_step=1, max_steps=1, prompt=prompt))
-    inputs = prompt_alone(processor, examples[3], prompt)
-    target = {"plain": "{}<|im_end|>", "answer": "<answer>{}</answer><|im_end|>"}[prompt].format(examples[3].answer)
+    monkeypatch.setattr("data.stream_indices", lambda *_: [3])
+    train(folder, tmp_path / "run", prompts_per_step=1, max_steps=1, prompt=prompt)
+    inputs = inputs_of(processor, examples[3:4], prompt)
+    target = {"plain": "{}<|im_end|>", "answer": "<answer>{}</answer><|im_end|>"}[prompt].format(
+        examples[3].answer
+    )
     answer = processor.tokenizer(target, return_tensors="pt")["input_ids"]
     ids = torch.cat([inputs["input_ids"], answer], 1)
     labels = torch.cat([torch.full_like(inputs["input_ids"], -100), answer], 1)
@@ -38,17 +38,25 @@ def test_loss_is_the_models_own_on_the_answer_tokens(folder, tmp_path, toy_model
     assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(own.item(), abs=1e-5)
 
 
-def test_a_steps_loss_is_the_mean_over_all_its_answer_tokens(folder, tmp_path, toy_model, examples, monkeypatch):
-    """Of answers of unequal length, in micro-batches: each token counts once, as in a plain loop with no padding."""
+def test_a_steps_loss_is_the_mean_over_all_its_answer_tokens(
+    folder, tmp_path, toy_model, examples, monkeypatch
+):
+    """Of answers of unequal length, in micro-batches: each token counts once, as in a plain loop with no
+    padding.
+    """
     model, processor = toy_model
-    monkeypatch.setattr("training.stream_indices", lambda *_: [0, 1, 2, 3, 4, 5])
-    train(config(folder, tmp_path / "run", prompts_per_step=6, micro_batch=2, max_steps=1))
+    monkeypatch.setattr("data.stream_indices", lambda *_: [0, 1, 2, 3, 4, 5])
+    train(folder, tmp_path / "run", prompts_per_step=6, micro_batch=2, max_steps=1)
     losses = []
     for example in examples[:6]:
-        inputs = prompt_alone(processor, example)
-        answer = processor.tokenizer(f"<answer>{example.answer}</answer><|im_end|>", return_tensors="pt")["input_ids"]
+        inputs = inputs_of(processor, [example])
+        answer = processor.tokenizer(f"<answer>{example.answer}</answer><|im_end|>", return_tensors="pt")[
+            "input_ids"
+        ]
         ids = torch.cat([inputs["input_ids"], answer], 1)
-        logits = model(**inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits[0, -answer.shape[1] - 1 : -1]
+        logits = model(**inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits[
+            0, -answer.shape[1] - 1 : -1
+        ]
         losses += torch.nn.functional.cross_entropy(logits, answer[0], reduction="none").tolist()
     assert len({len(example.answer) for example in examples[:6]}) > 1
     assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
@@ -63,59 +71,40 @@ def test_targets_end_as_a_turn_ends(toy_model, examples):
         assert m[0] and (m[:-1] >= m[1:]).all()  # padded on the right
 
 
-def test_micro_batch_changes_nothing(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.optim, "AdamW", lambda p, lr, weight_decay: torch.optim.SGD(p, lr))
-    for micro_batch in (1, 2, 4):
-        train(config(folder, tmp_path / str(micro_batch), micro_batch=micro_batch, lr=0.1))
-    one, two, four = (load_file(tmp_path / str(n) / "model.safetensors") for n in (1, 2, 4))
-    for name, weight in one.items():
-        assert torch.allclose(weight, two[name], atol=1e-6) and torch.allclose(weight, four[name], atol=1e-6), name
-    assert metrics(tmp_path / "1")[0]["loss"] == pytest.approx(metrics(tmp_path / "4")[0]["loss"], rel=1e-5)
-
-
-def test_two_processes_make_the_same_update(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.optim, "AdamW", lambda p, lr, weight_decay: torch.optim.SGD(p, lr))
-    train(config(folder, tmp_path / "one", lr=0.1))
-    launch(
-        "import torch, train_sft, training\n"
-        "torch.optim.AdamW = lambda p, lr, weight_decay: torch.optim.SGD(p, lr)\n"
-        "train_sft.train(training.parse(train_sft.Config, ''))\n",
-        *as_flags(config(folder, tmp_path / "two", lr=0.1)),
-    )
-    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
-        for name in ("loss", "grad_norm", "tokens"):
-            assert two[name] == pytest.approx(one[name], rel=1e-4), name
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
-
-
 def test_it_learns_by_heart(folder, tmp_path):
     few = tmp_path / "few.jsonl"
     few.write_text("".join(open(folder / "train.jsonl").readlines()[:4]))
-    train(config(folder, tmp_path / "run", data=str(few), audio_dir=str(folder), lr=2e-3, max_steps=40, micro_batch=4))
+    train(
+        folder, tmp_path / "run", data=str(few), audio_dir=str(folder), lr=2e-3, max_steps=40, micro_batch=4
+    )
     lines = metrics(tmp_path / "run")
     assert lines[0]["loss"] > 3 and lines[-1]["loss"] < 0.3
 
 
 @pytest.mark.parametrize("epochs, steps", [(1.0, 6), (0.5, 3), (1.1, 7)])
 def test_epochs_say_how_many_steps(folder, tmp_path, epochs, steps):
-    train(config(folder, tmp_path / "run", max_steps=0, epochs=epochs, micro_batch=4))
+    train(folder, tmp_path / "run", max_steps=0, epochs=epochs, micro_batch=4)
     assert len(metrics(tmp_path / "run")) == steps
+
+
+def test_nothing_to_do_is_refused(folder, tmp_path):
+    with pytest.raises(BadInput, match="nothing to do: --max_steps or --epochs"):
+        train(folder, tmp_path / "run", max_steps=0, epochs=0.0)
 
 
 def test_thoughts_cannot_be_imitated(folder, tmp_path):
     with pytest.raises(BadInput, match="no thoughts to imitate"):
-        train(config(folder, tmp_path / "run", prompt="think"))
+        train(folder, tmp_path / "run", prompt="think")
 
 
-# ------------------------------------------------------------------------------------------------------------ LoRA
+# ---------------------------------------------------------------- LoRA
 
 
 @pytest.fixture(scope="module")
 def lora(folder, tmp_path_factory):
     """Adapters that have learned something, and the merged model beside them."""
     output = tmp_path_factory.mktemp("lora") / "run"
-    train(config(folder, output, lora_rank=4, lr=1e-2, max_steps=4, merge=True))
+    train(folder, output, lora_rank=4, lr=1e-2, max_steps=4, merge=True)
     return output
 
 
@@ -144,32 +133,51 @@ def test_merged_equals_unmerged_and_peft_loads_what_we_do(folder, lora, examples
 
 def test_only_adapters_of_the_language_model_are_kept(lora):
     names = load_file(lora / "adapter_model.safetensors").keys()
-    layers = {re.search(r"language_model\.layers\.\d+\.\w+\.(\w+)\.lora_[AB]\.weight", name)[1] for name in names}
+    layers = {
+        re.search(r"language_model\.layers\.\d+\.\w+\.(\w+)\.lora_[AB]\.weight", name)[1] for name in names
+    }
     assert layers == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert not (lora / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("target, found", [("all", "q_proj k_proj v_proj out_proj fc1 fc2"), (r".*multi_modal_projector\.linear", "linear")])
+@pytest.mark.parametrize(
+    "target, found",
+    [("all", "q_proj k_proj v_proj out_proj fc1 fc2"), (r".*multi_modal_projector\.linear", "linear")],
+)
 def test_adapters_go_where_they_are_told(folder, tmp_path, target, found):
-    train(config(folder, tmp_path / "run", lora_rank=2, lora_target=target, max_steps=1))
-    names = [name for name in load_file(tmp_path / "run" / "adapter_model.safetensors") if "language_model" not in name]
+    train(folder, tmp_path / "run", lora_rank=2, lora_target=target, max_steps=1)
+    names = [
+        name
+        for name in load_file(tmp_path / "run" / "adapter_model.safetensors")
+        if "language_model" not in name
+    ]
     assert {name.split(".")[-3] for name in names} == set(found.split())
 
 
 def test_lora_learns_by_heart(folder, tmp_path):
     few = tmp_path / "few.jsonl"
     few.write_text("".join(open(folder / "train.jsonl").readlines()[:2]))
-    flags = dict(data=str(few), audio_dir=str(folder), lr=2e-2, max_steps=60, micro_batch=4, lora_rank=8, lora_dropout=0.05)
-    train(config(folder, tmp_path / "run", **flags))
+    flags = dict(
+        data=str(few),
+        audio_dir=str(folder),
+        lr=2e-2,
+        max_steps=60,
+        micro_batch=4,
+        lora_rank=8,
+        lora_dropout=0.05,
+    )
+    train(folder, tmp_path / "run", **flags)
     lines = metrics(tmp_path / "run")
     assert lines[0]["loss"] > 3 and lines[-1]["loss"] < 1
 
 
 def test_the_same_seed_makes_the_same_adapters(folder, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        train(config(folder, tmp_path / name, lora_rank=2, max_steps=1, lr=0.0, seed=seed))
+        train(folder, tmp_path / name, lora_rank=2, max_steps=1, lr=0.0, seed=seed)
     a, b, c = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "abc")
-    assert all(torch.equal(a[name], b[name]) for name in a) and not all(torch.equal(a[name], c[name]) for name in a)
+    assert all(torch.equal(a[name], b[name]) for name in a) and not all(
+        torch.equal(a[name], c[name]) for name in a
+    )
 
 
 def test_a_merged_model_keeps_the_type_of_its_base(folder, lora, tmp_path):
@@ -178,9 +186,13 @@ def test_a_merged_model_keeps_the_type_of_its_base(folder, lora, tmp_path):
     processor.save_pretrained(tmp_path / "base")
     shutil.copytree(lora, tmp_path / "run")
     settings = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
-    (tmp_path / "run" / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": str(tmp_path / "base")}))
-    merge(str(tmp_path / "run"), str(tmp_path / "merged"))
-    assert {weight.dtype for weight in load_file(tmp_path / "merged" / "model.safetensors").values()} == {torch.bfloat16}
+    (tmp_path / "run" / "adapter_config.json").write_text(
+        json.dumps(settings | {"base_model_name_or_path": str(tmp_path / "base")})
+    )
+    merge(str(tmp_path / "run"), output=str(tmp_path / "merged"))
+    assert {weight.dtype for weight in load_file(tmp_path / "merged" / "model.safetensors").values()} == {
+        torch.bfloat16
+    }
     assert json.loads((tmp_path / "merged" / "run.json").read_text())["prompt"] == "answer"
 
 
@@ -190,19 +202,34 @@ BAD = {
     "dropout": (dict(lora_rank=2, lora_dropout=1.5), "--lora_dropout must be from 0 to below 1, not 1.5"),
     "target matches nothing": (dict(lora_rank=2, lora_target="nothing"), "--lora_target nothing: "),
     "target is no expression": (dict(lora_rank=2, lora_target="("), "--lora_target [(]: "),
-    "frozen and not": (dict(lora_rank=2, lora_target="all", freeze_audio_encoder=True), "is for training without LoRA"),
+    "frozen and not": (
+        dict(lora_rank=2, lora_target="all", freeze_audio_encoder=True),
+        "is for training without LoRA",
+    ),
 }
 
 
 @pytest.mark.parametrize("flags, says", BAD.values(), ids=BAD)
 def test_bad_lora_flags_are_refused(folder, tmp_path, flags, says):
     with pytest.raises(BadInput, match=says):
-        train(config(folder, tmp_path / "run", **flags))
+        train(folder, tmp_path / "run", **flags)
+
+
+def test_merging_is_a_command(lora, tmp_path):
+    command = [sys.executable, ROOT / "checkpoints.py", "merge", lora, "--output", tmp_path / "merged"]
+    subprocess.run(command, check=True)
+    one, two = (
+        load_file(lora / "merged" / "model.safetensors"),
+        load_file(tmp_path / "merged" / "model.safetensors"),
+    )
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 1 and again.stderr.startswith(f"error: {tmp_path}/merged: already there")
 
 
 def test_adapters_that_cannot_be_loaded_are_refused(folder, lora, tmp_path):
-    with pytest.raises(BadInput, match="holds LoRA adapters; train on from a merged model"):
-        train(config(folder, tmp_path / "run", model=str(lora)))
+    with pytest.raises(BadInput, match="holds LoRA adapters; merge them first"):
+        train(folder, tmp_path / "run", model=str(lora))
     (tmp_path / "no base").mkdir()
     (tmp_path / "no base" / "adapter_config.json").write_text("{}")
     with pytest.raises(BadInput, match="names no base model"):
@@ -212,6 +239,6 @@ def test_adapters_that_cannot_be_loaded_are_refused(folder, lora, tmp_path):
     with pytest.raises(BadInput, match="damaged: cannot load the adapters"):
         load_model(str(tmp_path / "damaged"))
     with pytest.raises(BadInput, match="merged: already there"):
-        merge(str(lora), str(lora / "merged"))
+        merge(str(lora), output=str(lora / "merged"))
     with pytest.raises(BadInput, match="holds no LoRA adapters"):
-        merge(str(lora / "merged"), str(tmp_path / "merged"))
+        merge(str(lora / "merged"), output=str(tmp_path / "merged"))

@@ -1,3 +1,5 @@
+"""What GRPO and SFT share: the same run in other ways, batches made ahead, messages."""
+
 import json
 import shutil
 import threading
@@ -6,13 +8,88 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from oracle import inputs_of
-from test_train_grpo import config, metrics
+from conftest import SGD, as_flags, assert_same_run, config, inputs_of, launch, metrics, run_script
+from conftest import training_code, weights
 
-import train_grpo
+import data
+import flags as flags_module
 import training
-from data import BadInput, load_examples
-from training import batches, read_batch
+from data import BadInput, load_examples, read_batch
+from training import Run, batches
+
+# script, flags of both runs, flags of the second
+SAME = {
+    "GRPO, 2 prompts a micro-batch": ("train_grpo", {}, dict(micro_batch=2)),
+    "GRPO, all prompts together": ("train_grpo", {}, dict(micro_batch=4)),
+    "GRPO, several updates": ("train_grpo", dict(num_iterations=2), dict(micro_batch=2)),
+    "GRPO, activations recomputed": ("train_grpo", {}, dict(gradient_checkpointing=True)),
+    "SFT, micro-batches": ("train_sft", {}, dict(micro_batch=2)),
+    "SFT, all examples together": ("train_sft", {}, dict(micro_batch=4)),
+}
+TWO_PROCESSES = {  # script, flags, FSDP2
+    "GRPO": ("train_grpo", {}, False),
+    "GRPO with LoRA": ("train_grpo", dict(lora_rank=4), False),
+    "SFT": ("train_sft", {}, False),
+    "GRPO, FSDP2": ("train_grpo", {}, True),
+    "GRPO with LoRA, FSDP2": ("train_grpo", dict(lora_rank=4), True),
+    "SFT, FSDP2": ("train_sft", dict(freeze_audio_encoder=True, gradient_checkpointing=True), True),
+}
+
+
+@pytest.mark.parametrize("script, both, second", SAME.values(), ids=SAME)
+def test_the_same_run(folder, tmp_path, reward_odd_lengths, plain_sgd, script, both, second):
+    run_script(script, folder, tmp_path / "one", lr=0.1, **both)
+    run_script(script, folder, tmp_path / "two", lr=0.1, **both, **second)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    before, after = weights(folder / "model"), weights(tmp_path / "one")
+    assert max((after[name] - before[name]).abs().max() for name in before) > 1e-3  # and yet it moved
+
+
+@pytest.mark.parametrize(
+    "flags", [dict(freeze_audio_encoder=True), dict(lora_rank=4)], ids=["frozen", "LoRA"]
+)
+def test_the_same_run_with_one_encoding_a_step(
+    folder, tmp_path, monkeypatch, reward_odd_lengths, plain_sgd, flags
+):
+    run_script("train_grpo", folder, tmp_path / "once", lr=0.1, **flags)
+
+    def forget(inputs, rows):
+        rest = {name: value for name, value in inputs.items() if name != "encoded_audio"}
+        return data.select_rows(rest, rows)
+
+    for module in ("train_grpo", "training"):
+        monkeypatch.setattr(f"{module}.select_rows", forget)
+    run_script("train_grpo", folder, tmp_path / "each time", lr=0.1, **flags)
+    assert_same_run(tmp_path / "once", tmp_path / "each time")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, flags, fsdp", TWO_PROCESSES.values(), ids=TWO_PROCESSES)
+def test_the_same_run_in_two_processes(folder, tmp_path, reward_odd_lengths, plain_sgd, script, flags, fsdp):
+    (tmp_path / "odd.jsonl").write_text("".join(open(folder / "test.jsonl").readlines()[:11]))
+    held_out = dict(eval_data=str(tmp_path / "odd.jsonl"), audio_dir=str(folder), eval_every=2)
+    flags = flags | held_out | dict(lr=0.1, max_steps=4, save_every=2)
+    run_script(script, folder, tmp_path / "one", **flags)
+    two = config(script, folder, tmp_path / "two", **flags)
+    launch(training_code(script, SGD), *as_flags(two), fsdp=fsdp)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert_same_weights = (
+        weights(tmp_path / "one" / "checkpoint-2"),
+        weights(tmp_path / "two" / "checkpoint-2"),
+    )
+    one, two = assert_same_weights
+    assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)  # a model like any other
+    assert all(0 < line["eval_accuracy"] < 1 for line in metrics(tmp_path / "one")[::2])
+
+
+@pytest.mark.parametrize("script", ["train_grpo", "train_sft"])
+def test_the_same_seed_gives_the_same_run(folder, tmp_path, reward_odd_lengths, script):
+    for name in ("a", "b"):
+        run_script(script, folder, tmp_path / name)
+    assert_same_run(tmp_path / "a", tmp_path / "b", exact=True)
+
+
+# ---------------------------------------------------------------- batches, messages
 
 ONE = SimpleNamespace(num_processes=1, process_index=0, device=torch.device("cpu"))
 
@@ -25,47 +102,63 @@ def test_a_batch_is_prepared_while_the_one_before_is_used(folder, tmp_path, toy_
         return read_batch(*args)
 
     monkeypatch.setattr(training, "read_batch", read)
-    settings = config(folder, tmp_path)
-    data = batches(ONE, toy_model[1], examples, settings, range(3))
+    settings = config("train_grpo", folder, tmp_path)
+    ahead = batches(Run(settings, ONE, examples, [], *toy_model, None, max_steps=3))
     for step in range(3):
-        first, batch, inputs, _ = next(data)
-        assert first == 4 * step and len(batch) == 4
+        batch = next(ahead)
+        assert batch.first == 4 * step and len(batch.examples) == 4
         assert step == 2 or began[step + 1].wait(30)  # nobody has asked for it
         assert step > 0 or not began[2].is_set()  # and one ahead is enough
-        plain = inputs_of(toy_model[1], batch)
-        assert all(torch.equal(inputs[name], plain[name]) for name in plain)
-    assert next(data, None) is None
+        plain = inputs_of(toy_model[1], batch.examples)
+        assert all(torch.equal(batch.inputs[name], plain[name]) for name in plain)
+    assert next(ahead, None) is None
 
 
 def test_a_bad_clip_stops_the_run_at_its_own_step(folder, tmp_path):
     shutil.copytree(folder / "train", tmp_path / "train")
     rows = [json.loads(line) for line in open(folder / "train.jsonl")][:4]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = config(folder, tmp_path / "run", data=str(tmp_path / "train.jsonl"), prompts_per_step=2)
-    second = training.stream_indices(4, settings.seed, 2, 2)[0]
+    second = data.stream_indices(4, 42, 2, 2)[0]
     (tmp_path / rows[second]["audio"]).write_text("not a sound")
     with pytest.raises(BadInput, match=f"train.jsonl:{second + 1}: "):
-        train_grpo.train(settings)
+        flags = dict(data=str(tmp_path / "train.jsonl"), prompts_per_step=2)
+        run_script("train_grpo", folder, tmp_path / "run", **flags)
     assert len(metrics(tmp_path / "run")) == 1
 
 
-def test_a_stand_in_is_looked_for_anew_for_each_question(folder, tmp_path, toy_model, capsys):
+def test_a_replacement_is_looked_for_anew_for_each_question(folder, tmp_path, toy_model, capsys):
     """More bad clips are met in a batch than there are rows, and yet half of the rows can be read."""
     rows = load_examples(str(folder / "train.jsonl"))[:4]
     examples = [replace(row, audio=str(tmp_path / "no.wav")) for row in rows[:2]] + rows[2:]
-    settings = config(folder, tmp_path, prompts_per_step=32, skip_bad_audio=True)
-    batch, _, clips = read_batch(toy_model[1], examples, settings, 0, 32)
-    assert {example.place for example in batch} == {example.place for example in examples[2:]}
-    assert clips["clips_skipped"] == (8 * 2 + 8 * 1) / 32  # of the first bad row the second is met, too
+    settings = config("train_grpo", folder, tmp_path, prompts_per_step=32, skip_bad_audio=True)
+    batch = read_batch(toy_model[1], examples, settings, 0, 32)
+    assert {example.location for example in batch.examples} == {example.location for example in examples[2:]}
+    # of the first bad row the second is met, too
+    assert batch.metrics["clips_skipped"] == (8 * 2 + 8 * 1) / 32
     with pytest.raises(BadInput, match="no such audio file"):
         read_batch(toy_model[1], examples[:2], settings, 0, 32)
 
 
-def test_a_full_gpu_is_said_in_one_line(monkeypatch):
+def test_a_full_gpu_is_said_in_one_line():
     def full():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has ...")
 
     with pytest.raises(SystemExit) as stop:
-        training.run(full)
-    assert str(stop.value).startswith("error: the GPU's memory is full") and "--micro_batch" in str(stop.value)
+        flags_module.run_main(full)
+    assert str(stop.value).startswith("error: the GPU's memory is full") and "--micro_batch" in str(
+        stop.value
+    )
     assert "\n" not in str(stop.value)
+
+
+def test_the_start_says_what_memory_is_needed(folder, tmp_path, capsys, toy_model):
+    run_script("train_grpo", folder, tmp_path / "all", max_steps=1)
+    run_script("train_grpo", folder, tmp_path / "lora", max_steps=1, lora_rank=4)
+    n = sum(p.numel() for p in toy_model[0].parameters())
+    every, lora = [line for line in capsys.readouterr().out.splitlines() if "M parameters" in line]
+    assert every.startswith(f"{n / 1e6:.1f} M parameters, {n / 1e6:.1f} M trained, on each of 1 process(es)")
+    sizes = (
+        f"weights {4e-9 * n:.2f}, gradients {4e-9 * n:.2f}, AdamW {8e-9 * n:.2f}, reference {4e-9 * n:.2f}"
+    )
+    assert every.endswith(sizes)
+    assert "reference" not in lora and "0.0 M trained" in lora
