@@ -83,46 +83,36 @@ def train(config: Config) -> None:
         ref_logps = reference_logps(run, batch, ids, mask)  # one (micro_batch, G, T) for each micro-batch
 
         # 4. update the policy; the first pass, before any update, gives old_logps
-        old_logps, losses = [], []
+        old_logps, results = [], []
         for iteration in range(config.num_iterations):
             for i, rows in enumerate(run.micro_batches):
                 with accumulate(run, rows):
                     logps = policy_logps(run, select_rows(batch.inputs, rows), ids[rows], mask[rows])
                     if iteration == 0:
                         old_logps.append(logps.detach())
-                    loss, kl, clipped = grpo_loss(
-                        logps,
-                        old_logps[i],
-                        ref_logps[i],
-                        advantages[rows],
-                        mask[rows],
-                        config.epsilon,
-                        config.beta,
-                    )
-                    # of micro-batches and of processes (DDP) the gradient is the mean
+                    tensors = logps, old_logps[i], ref_logps[i], advantages[rows], mask[rows]
+                    loss, kl, clipped = grpo_loss(*tensors, config.epsilon, config.beta)
+                    # the gradient is the mean over micro-batches and, by DDP, over processes
                     run.accelerator.backward(loss / len(run.micro_batches))
-                losses.append(torch.stack([loss.detach(), kl, clipped]))
-            grad_norm = optimizer_step(run, step, batch, [loss for loss, _, _ in losses[-(i + 1) :]])
+                results.append(torch.stack([loss.detach(), kl, clipped]))
+            grad_norm = optimizer_step(run, step, batch, results[-len(run.micro_batches) :])
 
-        metrics = group_metrics(run, texts, ids, mask, rewards)
-        metrics |= {
-            "reward_accuracy": accuracy.mean(),
-            "reward_format": formats.mean(),
-            "grad_norm": grad_norm,
-        }
-        metrics |= zip(("loss", "kl", "clip_fraction"), torch.stack(losses).mean(0).tolist())
+        metrics = group_metrics(run, texts, ids, mask, accuracy, formats, rewards) | {"grad_norm": grad_norm}
+        metrics |= zip(("loss", "kl", "clip_fraction"), torch.stack(results).mean(0).tolist())
         log(run, step, metrics, shown=("reward", "reward_accuracy", "kl"))
         if step % config.save_every == 0:
             show_group(run, step, batch, texts, rewards, advantages)
     finish(run, held_out_accuracy)
 
 
-def group_metrics(run: Run, texts: list[list[str]], ids, mask, rewards) -> dict:
+def group_metrics(run: Run, texts: list[list[str]], ids, mask, accuracy, formats, rewards) -> dict:
     """What the groups of a step are like."""
     reward_std, lengths = rewards.std(1), mask.sum(-1).float()  # (B,), (B, G)
     has_ended = torch.isin(ids, torch.tensor(run.eos_ids, device=ids.device)).any(-1)  # (B, G)
     metrics = {
         "reward": rewards.mean(),
+        "reward_accuracy": accuracy.mean(),
+        "reward_format": formats.mean(),
         "reward_std": reward_std.mean(),
         "zero_std_groups": (reward_std == 0).float().mean(),  # these teach nothing
         "completion_tokens": lengths.mean(),

@@ -328,7 +328,7 @@ def accumulate(run: Run, rows: slice):
 def optimizer_step(run: Run, step: int, batch: Batch, losses: list[torch.Tensor]) -> float:
     """Clip the gradient to norm 1 and update; returns the norm before.
 
-    losses: one scalar for each micro-batch. Raises BadInput, before the update, if anything is not finite.
+    losses: a tensor for each micro-batch. Raises BadInput, before the update, if anything is not finite.
     """
     grad_norm = float(run.accelerator.clip_grad_norm_(run.policy.parameters(), 1.0))
     check_finite(run, step, batch, losses, grad_norm)
@@ -340,7 +340,7 @@ def optimizer_step(run: Run, step: int, batch: Batch, losses: list[torch.Tensor]
 
 def check_finite(run: Run, step: int, batch: Batch, losses: list[torch.Tensor], grad_norm: float) -> None:
     """Raise BadInput, naming the examples, if a loss or the gradient is not finite on any process."""
-    finite = torch.isfinite(torch.stack([*losses, losses[0].new_tensor(grad_norm)]))
+    finite = torch.stack([loss.isfinite().all() for loss in [*losses, losses[0].new_tensor(grad_norm)]])
     if run.accelerator.gather(finite.all()[None]).all():
         return
     parts = [batch.examples[rows] for rows in run.micro_batches]

@@ -5,7 +5,7 @@
 
 "Repeated" is upstream's way: prompt and audio G times through the encoder and the language model (`generate`
 with num_return_sequences), padded rows, full-vocabulary logits of every position. The small model is scaled
-down so that its cost is split between encoder, prompt and completions as at full size; the first line says how.
+down so that its cost is split between encoder, prompt and completions as at full size; the output says how.
 """
 
 import json
@@ -27,6 +27,7 @@ from transformers import (
     Qwen2AudioForConditionalGeneration,
     Qwen2Config,
 )
+from transformers.hf_argparser import HfArg
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -298,134 +299,6 @@ def main() -> None:
     split = ", ".join(f"{part} {flops / sum(split.values()):.0%}" for part, flops in split.items())
     print(f"{config.size} on {device}, torch {torch.__version__}, transformers {transformers.__version__}")
     print(f"one shared pass: {split}")
-
-    found = {"group_size": G, "clip_seconds": clip_seconds, "prompt_tokens": inputs["input_ids"].shape[1]}
-    found |= {"completion_tokens": list(completion_tokens), "repeats": repeats, "seconds": {}, "ratio": {}}
-    for name, run in runs.items():
-        times = []
-        for _ in range(repeats + 1):  # in turn, so that a noisy neighbour disturbs both; the first is warm-up
-            times.append({way: seconds(run, way) for way in ways})
-        found["seconds"][name] = {way: statistics.median(pair[way] for pair in times[1:]) for way in ways}
-        found["ratio"][name] = statistics.median(pair["repeated"] / pair["shared"] for pair in times[1:])
-    found["MiB"] = {way: memory(model, logps, inputs, ids, mask) / 2**20 for way, (_, logps) in ways.items()}
-    found["ratio"]["memory"] = found["MiB"]["repeated"] / found["MiB"]["shared"]
-    model.zero_grad()
-    return found
-
-
-def update_seconds(model, G: int, completion_tokens: tuple[int, int], repeats: int = 3) -> float:
-    """Shared forward and backward of one group with a 10 s clip."""
-    inputs, ids, mask = make_group(model, 1, G, 10, completion_tokens)
-
-    def update():
-        model.zero_grad()
-        shared_logps(model, inputs, ids, mask).sum().backward()
-
-    return statistics.median([seconds(update) for _ in range(repeats + 1)][1:])
-
-
-def whole_step(model, micro_batch: int, prompts: int = 16) -> dict:
-    """Seconds by phase of the third step of train_grpo.py: LoRA, 8 completions of 16 tokens, 10 s clips.
-
-    Frees the model, which train_grpo.py loads from a folder.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        processor = toy.make_processor(model.config.audio_config.num_mel_bins, seconds=30)
-        processor.save_pretrained(f"{folder}/model")
-        model.config.audio_token_id = processor.audio_token_id
-        model.save_pretrained(f"{folder}/model")
-        precision = "bf16" if model.device.type == "cuda" else "no"
-        model.to("meta")
-        with open(f"{folder}/train.jsonl", "w") as file:
-            for i in range(prompts):
-                soundfile.write(
-                    f"{folder}/{i}.wav", np.random.default_rng(i).uniform(-0.5, 0.5, 160_000), 16_000
-                )
-                row, _ = toy.make_question("source", np.random.default_rng(i))
-                file.write(json.dumps(row | {"audio": f"{i}.wav"}) + "\n")
-        flags = f"--model {folder}/model --data {folder}/train.jsonl --output {folder}/run"
-        flags += " --lora_rank 16 --lr 1e-5"
-        flags += (
-            f" --prompts_per_step {prompts} --micro_batch {micro_batch} --max_new_tokens 16 --max_steps 3"
-        )
-        command = [sys.executable, str(ROOT / "train_grpo.py"), *flags.split()]
-        subprocess.run(command, env=os.environ | {"ACCELERATE_MIXED_PRECISION": precision}, check=True)
-        step = [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl")][-1]
-    phases = {name: step[f"seconds_{name}"] for name in ("sample", "score", "update", "other")}
-    return phases | {"micro_batch": micro_batch}
-
-
-def needed_flops(
-    model, G: int, clip_seconds: int, tokens: float, frames: int | None = None
-) -> dict[str, float]:
-    """Floating-point operations of one shared forward pass over a group, by part; tokens: of a completion,
-    on average.
-    """
-    config = model.config
-    frames = frames or 50 * clip_seconds
-    P, N = 25 * clip_seconds + TEXT_TOKENS, G * tokens
-
-    def matrices(layers):
-        return sum(p.numel() for p in layers.parameters() if p.dim() == 2)
-
-    lm, encoder = model.model.language_model.layers, model.model.audio_tower.layers
-    pairs = (
-        4 * config.text_config.hidden_size * len(lm)
-    )  # two products of queries with keys and of weights with values
-    return {
-        "encoder": 2 * matrices(encoder) * frames
-        + 4 * frames**2 * config.audio_config.d_model * len(encoder),
-        "prompt": 2 * matrices(lm) * P + pairs * P**2 / 2,
-        "completions": 2 * (matrices(lm) + model.lm_head.weight.numel()) * N + pairs * N * (P + tokens / 2),
-    }
-
-
-def matrix_rate(device, dtype) -> float:
-    """Floating-point operations a second in one large matrix product."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return 2 * n**3 / statistics.median([seconds(lambda: a @ b) for _ in range(12)][2:])
-
-
-# ---------------------------------------------------------------- the tables
-
-
-def show(found: list[dict]) -> None:
-    print(
-        "\n| G | clip | completion | | shared | repeated | ratio |\n"
-        "| --- | --- | --- | --- | --- | --- | --- |"
-    )
-    for row in found:
-        least, most = row["completion_tokens"]
-        setting = f"{row['group_size']} | {row['clip_seconds']} s | {least} to {most} tokens"
-        for name, pair in row["seconds"].items():
-            times = f"{pair['shared']:.3f} s | {pair['repeated']:.3f} s"
-            print(f"| {setting} | {name} | {times} | {row['ratio'][name]:.1f} |")
-        sizes = f"{row['MiB']['shared']:.0f} MiB | {row['MiB']['repeated']:.0f} MiB"
-        print(f"| {setting} | memory | {sizes} | {row['ratio']['memory']:.1f} |")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--size", choices=["small", "7b"], default="small", help="7b needs a CUDA GPU of 141 GB"
-    )
-    parser.add_argument("--json", default="", help="also write the numbers to this file")
-    parser.add_argument("--micro_batch", type=int, default=4, help="prompts in one forward of the whole step")
-    args = parser.parse_args()
-    if config.size == "7b" and not torch.cuda.is_available():
-        sys.exit("error: --size 7b needs a CUDA GPU, and none is there")
-    model = make_model("7b", "cuda", torch.bfloat16) if config.size == "7b" else make_model("small")
-    device = (
-        torch.cuda.get_device_name() if config.size == "7b" else f"CPU, {torch.get_num_threads()} threads"
-    )
-    split = needed_flops(model, 8, 10, 13, frames=1500)  # with the whole window, as the model's own forward
-    split = ", ".join(f"{part} {flops / sum(split.values()):.0%}" for part, flops in split.items())
-    print(
-        f"{config.size} on {device}, torch {torch.__version__}, transformers {transformers.__version__}; one shared pass: {split}"
-    )
 
     found = {"size": config.size, "device": device, "settings": []}
     for setting in SETTINGS:

@@ -10,16 +10,14 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from accelerate import Accelerator
+from conftest import ROOT, metrics
 
 import evaluate
 import toy
 import train_grpo
 import train_sft
 from data import BadInput, load_audio, load_examples
-from training import parse
-
-ROOT = Path(__file__).parent.parent
+from flags import parse
 
 
 def command(cwd, *words):
@@ -49,26 +47,89 @@ def test_train_and_test_share_no_clip(folder):
     assert len(set(clips)) == 36
 
 
-def test_a_second_run_reuses_the_toy_and_clears_the_first(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def toy_run(tmp_path, monkeypatch):
+    """toy_flags in a folder where a toy was made and trained, for these words on the command line."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/toy/base").mkdir(parents=True)
     (tmp_path / "runs/toy/grpo/checkpoint-200").mkdir(parents=True)
     monkeypatch.setattr(toy, "make", lambda: pytest.fail("made it again"))
-    flags = toy.prepare_run(Accelerator())
-    assert "offline toy" in capsys.readouterr().out and flags[:2] == ["--model", "runs/toy/base"]
+
+    def flags(*words, processes=1):
+        accelerator = SimpleNamespace(
+            num_processes=processes, is_main_process=True, wait_for_everyone=lambda: None
+        )
+        monkeypatch.setattr(toy, "Accelerator", lambda: accelerator)
+        monkeypatch.setattr("sys.argv", ["train_grpo.py", *words])
+        under = toy.toy_flags("grpo", parse(train_grpo.Config, "", list(words)))
+        return parse(train_grpo.Config, "", under + list(words))
+
+    return flags
+
+
+def test_a_second_run_reuses_the_toy_and_clears_the_first(tmp_path, toy_run, capsys):
+    config = toy_run()
+    assert (config.model, config.data, config.lr) == ("runs/toy/base", "runs/toy/train.jsonl", 4e-4)
+    assert "offline toy" in capsys.readouterr().out
     assert not (tmp_path / "runs/toy/grpo").exists()
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3, 8, 20])
-def test_the_toy_runs_on_any_number_of_processes(tmp_path, monkeypatch, processes):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(toy, "make", lambda: None)
-    accelerator = SimpleNamespace(
-        num_processes=processes, is_main_process=True, wait_for_everyone=lambda: None
+@pytest.mark.parametrize("words", [["--resume"], ["--output", "elsewhere"], ["--output=elsewhere"]], ids=str)
+def test_a_run_that_goes_on_or_elsewhere_clears_nothing(tmp_path, toy_run, words):
+    assert toy_run(*words).output == ("runs/toy/grpo" if "--resume" in words else "elsewhere")
+    assert (tmp_path / "runs/toy/grpo/checkpoint-200").exists()
+
+
+def test_own_flags_go_on_top_of_the_toys(toy_run):
+    changed = dict(beta=0.0, max_steps=50, prompts_per_step=8, seed=1)
+    config = toy_run(*(f"--{name}={value}" for name, value in changed.items()))
+    assert {name: getattr(config, name) for name in changed} == changed
+    assert (config.lr, config.max_new_tokens, config.model, config.micro_batch) == (
+        4e-4,
+        16,
+        "runs/toy/base",
+        8,
     )
-    flags = toy.prepare_run(accelerator)
-    flags = dict(zip(flags[::2], flags[1::2]))
-    assert int(flags["--prompts_per_step"]) % (processes * int(flags["--micro_batch"])) == 0
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8, 20])
+def test_the_toy_runs_on_any_number_of_processes(toy_run, processes):
+    config = toy_run(processes=processes)
+    assert config.prompts_per_step % (processes * config.micro_batch) == 0
+
+
+@pytest.mark.parametrize("script", ["train_grpo", "train_sft"])
+@pytest.mark.parametrize(
+    "words, is_toy",
+    [([], True), (["--seed", "1"], True), (["--model", "x"], False), (["--data=x"], False)],
+    ids=str,
+)
+def test_the_toy_is_for_who_names_neither_model_nor_data(monkeypatch, script, words, is_toy):
+    module = {"train_grpo": train_grpo, "train_sft": train_sft}[script]
+    configs = []
+    monkeypatch.setattr(module, "train", configs.append)
+    monkeypatch.setattr(
+        toy, "toy_flags", lambda method, config: ["--model", f"toy for {method}", "--seed", "7"]
+    )
+    monkeypatch.setattr("sys.argv", [f"{script}.py", *words])
+    module.main()
+    (config,) = configs
+    assert (config.model == f"toy for {script.removeprefix('train_')}") is is_toy
+    assert config.seed == (1 if "--seed" in words else 7 if is_toy else 42)
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["--seeds", "1"], "error: unknown flag or value: --seeds 1 (--help lists the flags)"),
+        (["--model", "x"], "error: --data is missing: the file of training questions"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_said_before_a_toy_is_made(tmp_path, words, says):
+    done = command(tmp_path, ROOT / "train_grpo.py", *words)
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1] == says
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.slow
@@ -81,7 +142,7 @@ def test_grpo_teaches_the_toy(tmp_path):
     )
     print(f"toy: {before} % before, {after} % after")
     assert 35 <= before <= 65 and after - before >= 20
-    lines = [json.loads(line) for line in open(tmp_path / "runs/toy/grpo/metrics.jsonl")]
+    lines = metrics(tmp_path / "runs/toy/grpo")
     assert (
         len(lines) == 401
         and abs(lines[0]["kl"]) < 1e-6
@@ -94,7 +155,7 @@ def test_grpo_teaches_the_toy(tmp_path):
         "--model runs/toy/grpo --data runs/toy/test.jsonl --output runs/toy/eval --max_new_tokens 16".split()
     )
     evaluated = command(tmp_path, ROOT / "evaluate.py", *flags)
-    assert re.search(rf"all +{after}%", evaluated.stdout), evaluated.stdout + evaluated.stderr[-3000:]
+    assert re.search(rf"overall +{after}%", evaluated.stdout), evaluated.stdout + evaluated.stderr[-3000:]
 
 
 @pytest.mark.parametrize("script", ["train_grpo.py", "train_sft.py", "evaluate.py"])
@@ -181,7 +242,7 @@ def test_the_picture_draws_what_the_run_wrote(tmp_path):
     lines = [{"step": step, "reward_accuracy": 0.5, "kl": 0.12 * step / 19} for step in range(20)]
     lines[0]["eval_accuracy"], lines[19]["eval_accuracy"] = 0.25, 1.0
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    toy.curves(str(tmp_path), str(tmp_path / "curves.svg"))
+    toy.draw_curves(str(tmp_path), str(tmp_path / "curves.svg"))
     svg = ElementTree.parse(tmp_path / "curves.svg").getroot()
     held_out, sampled, kl = [line.get("points") for line in svg.iter("{http://www.w3.org/2000/svg}polyline")]
     # 300 wide from 50 on, 180 high down to 230
@@ -194,13 +255,10 @@ def test_the_picture_draws_what_the_run_wrote(tmp_path):
 
 def test_no_run_makes_no_picture(tmp_path):
     with pytest.raises(BadInput, match="holds no run"):
-        toy.curves(str(tmp_path), str(tmp_path / "curves.svg"))
+        toy.draw_curves(str(tmp_path), str(tmp_path / "curves.svg"))
     assert not list(tmp_path.iterdir())
 
 
-def test_an_unknown_word_is_refused():
+def test_an_unknown_command_is_refused():
     done = command(ROOT, "toy.py", "compete")
-    assert (
-        done.returncode == 1
-        and done.stderr == "error: toy.py takes nothing, or one of the words compare and curves\n"
-    )
+    assert done.returncode == 2 and "invalid choice: 'compete'" in done.stderr
