@@ -1,7 +1,7 @@
 """Qwen2-Audio, as every script uses it: loading, LoRA, prompt embeddings, sampling a group, its log-probs.
 
 The completions o_1..o_G of a group share audio and prompt. `sample` and `shared_prompt_logps` compute both
-once per group; `repeated_logps` repeats them G times, which is plain and slow and gives the same numbers.
+once per group; `repeated_logps` is the plain, slow way, gives the same numbers, and serves the tests.
 """
 
 import json
@@ -61,7 +61,7 @@ def base_of_adapter(path: str) -> str | None:
 
 
 def frozen_dtype(module: nn.Module, accelerator: Accelerator) -> torch.dtype:
-    """The type of a frozen layer: under bf16 matrices are bf16, as autocast casts them; all else fp32."""
+    """The dtype of a frozen layer: with --mixed_precision bf16, bf16 for matrices, as autocast; else fp32."""
     is_matrix = isinstance(module, (nn.Linear, nn.Conv1d))
     return torch.bfloat16 if is_matrix and accelerator.mixed_precision == "bf16" else torch.float32
 
@@ -166,16 +166,18 @@ def completion_mask(ids: torch.Tensor, eos_ids: list[int]) -> torch.Tensor:
 
 
 def sampling_noise(seed: int, k: int, G: int, T: int) -> torch.Tensor:
-    """Uniform numbers (G, T) in (0, 1] for the k-th prompt of a run; 1: not the stream of the data order."""
+    """Uniform numbers (G, T) in (0, 1] for prompt k; the 1 keeps their seed apart from the data order's."""
     return 1 - torch.from_numpy(np.random.default_rng((seed, k, 1)).random((G, T), np.float32))
 
 
 def draw(logits: torch.Tensor, u: torch.Tensor, temperature: float) -> torch.Tensor:
     """Tokens (B, G) of logits (B, G, V): the first whose cumulative probability reaches u (B, G)."""
-    # fp32 sums of 156,000 terms err; mps has no fp64
+    # fp64, because fp32 sums of 156,000 terms err; mps has no fp64
     dtype = torch.float32 if logits.device.type == "mps" else torch.float64
     cdf = torch.softmax(logits / temperature, dim=-1, dtype=dtype).cumsum(-1)
-    return torch.searchsorted(cdf, u[..., None] * cdf[..., -1:])[..., 0]  # the last entry is not exactly 1
+    return torch.searchsorted(cdf, u[..., None] * cdf[..., -1:])[
+        ..., 0
+    ]  # scaled: the cdf does not end at exactly 1
 
 
 class SamplingCache(DynamicCache):
@@ -201,8 +203,8 @@ def sample(model, inputs: dict, eos_ids: list[int], max_new_tokens: int, tempera
     embeds, position = embed_prompt(model, inputs), prompt_positions(prompt_mask)
     hidden = lm(inputs_embeds=embeds, attention_mask=prompt_mask, position_ids=position).last_hidden_state
     hidden = hidden[:, -1:].expand(-1, G, -1)  # (B, G, D)
-    # each round adds G columns, a token of every completion; a completion sees its own
-    visible = prompt_mask.bool()[:, None, None].expand(-1, -1, G, -1)  # (B, 1, G, P + G rounds)
+    # each round appends G keys, one token of each completion; a completion sees only its own
+    visible = prompt_mask.bool()[:, None, None].expand(-1, -1, G, -1)  # (B, 1, G, P + G * rounds)
     own = torch.eye(G, dtype=torch.bool, device=visible.device).expand(B, 1, G, G)
     first_position = prompt_mask.sum(1, keepdim=True).expand(-1, G)  # (B, G)
     done, tokens = torch.zeros_like(first_position, dtype=torch.bool), []
@@ -224,7 +226,7 @@ def sample(model, inputs: dict, eos_ids: list[int], max_new_tokens: int, tempera
 
 
 def repeated_logps(model, inputs: dict, ids: torch.Tensor, mask: torch.Tensor, temperature: float):
-    """What `shared_prompt_logps` computes, the plain way: all repeated G times, the model's own forward."""
+    """The same as shared_prompt_logps, by the model's own forward on G copies; for the tests."""
     (B, G, T), P = ids.shape, inputs["input_ids"].shape[1]
     inputs = {name: value.repeat_interleave(G, 0) for name, value in inputs.items()}
     inputs["input_ids"] = torch.cat([inputs["input_ids"], ids.flatten(0, 1)], 1)  # (B*G, P+T)
@@ -243,14 +245,15 @@ def shared_prompt_logps(model, inputs: dict, ids: torch.Tensor, mask: torch.Tens
         prompt p1 p2, o_1 = a1 a2, o_2 = b1      position 0 1 2 3 2      b1 sees p1 p2 b1
     """
     (B, G, T), P = ids.shape, inputs["attention_mask"].shape[1]
-    prompt_mask, mask = inputs["attention_mask"].bool(), mask.flatten(1)  # (B, P), (B, G*T)
-    # indices into G*T, those of real tokens first: N columns. G 2, T 3, mask 110 100: indices 0 1 3
-    packed = (~mask).long().argsort(dim=1, stable=True)[:, : mask.sum(1).max()]  # (B, N)
-    real = mask.gather(1, packed)
+    prompt_mask, flat_mask = inputs["attention_mask"].bool(), mask.flatten(1)  # (B, P), (B, G*T)
+    # packed: for each row the indices into G*T of its real tokens, in order, then filler up to N columns
+    # (G 2, T 3, mask 110 100: indices 0 1 3)
+    packed = (~flat_mask).long().argsort(dim=1, stable=True)[:, : flat_mask.sum(1).max()]  # (B, N)
+    real = flat_mask.gather(1, packed)
     completion, t = packed // T, packed % T
     tokens = ids.flatten(1).gather(1, packed)
 
-    # segment: 0 the prompt, 1..G the completions, -1 padding, which sees itself and is seen by no other
+    # segment: 0 the prompt, 1..G the completions, -1 padding, which no prompt or completion token sees
     segment = torch.cat([prompt_mask.long() - 1, torch.where(real, completion + 1, -1)], 1)  # (B, P+N)
     position = torch.cat([prompt_positions(prompt_mask), prompt_mask.sum(1, keepdim=True) + t], 1)
     query, key = segment[:, :, None], segment[:, None, :]
@@ -269,11 +272,11 @@ def shared_prompt_logps(model, inputs: dict, ids: torch.Tensor, mask: torch.Tens
     hidden = hidden.gather(1, predictor[..., None].expand(-1, -1, hidden.shape[-1]))[real]  # (real tokens, D)
     logits = model.lm_head(hidden).float() / temperature
     logps = logits.gather(1, tokens[real][:, None])[:, 0] - logits.logsumexp(-1)
-    return logps.new_zeros(B, G * T).masked_scatter(mask, logps).view(B, G, T)
+    return logps.new_zeros(B, G * T).masked_scatter(flat_mask, logps).view(B, G, T)
 
 
 class Policy(nn.Module):
-    """The model as accelerate wraps it: only a call of the wrapped module synchronises gradients."""
+    """The module that accelerate wraps: DDP and FSDP2 act in its forward only, so that computes log-probs."""
 
     _no_split_modules = [
         "Qwen2DecoderLayer",

@@ -2,15 +2,15 @@
 
     accelerate launch train_grpo.py                 # the offline toy: no GPU, no download, a few minutes
     accelerate launch --config_file fsdp.yaml train_grpo.py \\
-        --model Qwen/Qwen2-Audio-7B-Instruct --data avqa_train.jsonl --output runs/grpo    # the paper's
+        --model Qwen/Qwen2-Audio-7B-Instruct --data avqa_train.jsonl --output runs/grpo    # the paper's run
 
 One step, for each of `prompts_per_step` questions q with their audio:
 
     1. sample      o_1..o_G ~ pi_old(. | q)                      a group of G completions
     2. reward      r_i = accuracy + format,  A_i = (r_i - mean(r)) / (std(r) + 1e-4)
-    3. reference   kl = pi_ref / pi - log(pi_ref / pi) - 1       for each token
-    4. update      L = - mean over i, over t of [min(ratio A_i, clip(ratio, 1 - eps, 1 + eps) A_i) - beta kl]
-                   ratio = pi / pi_old                           1 unless a rollout is used more than once
+    3. reference   log pi_ref(o_i | q)                           for each token
+    4. update      ratio = pi / pi_old,  kl = pi_ref / pi - log(pi_ref / pi) - 1
+                   L = - mean over i, over t of [min(ratio A_i, clip(ratio, 1 - eps, 1 + eps) A_i) - beta kl]
 """
 
 import sys
@@ -33,13 +33,13 @@ class Config(TrainConfig):
     output: str = HfArg(default="runs/grpo", help="folder for metrics, checkpoints and the final model")
     group_size: int = HfArg(default=8, help="G, completions drawn per prompt")
     temperature: float = HfArg(default=1.0, help="divides the logits in sampling and in scoring")
-    num_iterations: int = HfArg(default=1, help="updates per rollout; above 1 the clipping is at work")
-    beta: float = HfArg(default=0.04, help="weight of the KL to the reference; 0 loads no reference")
+    num_iterations: int = HfArg(default=1, help="updates per rollout; clipping has an effect only above 1")
+    beta: float = HfArg(default=0.04, help="weight of the KL; 0 loads no reference, and kl is logged as 0")
     epsilon: float = HfArg(default=0.2, help="the ratio is clipped to 1 - epsilon .. 1 + epsilon")
 
 
 def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
-    """A (B, G) = (r - mean) / (std + 1e-4) within each group; std with G - 1, as TRL and R1-AQA."""
+    """A (B, G) = (r - mean) / (std + 1e-4) within each group; std with G - 1, as in TRL and R1-AQA."""
     return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
 
 
@@ -55,8 +55,8 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, mask, epsilon: float, bet
     """
     ratio, A = torch.exp(logps - old_logps), advantages[..., None]
     unclipped, clipped = ratio * A, ratio.clamp(1 - epsilon, 1 + epsilon) * A
-    log_ratio = torch.zeros_like(logps) if ref_logps is None else ref_logps - logps
-    kl = torch.exp(log_ratio) - log_ratio - 1  # the k3 estimator
+    log_ref_ratio = torch.zeros_like(logps) if ref_logps is None else ref_logps - logps  # log(pi_ref / pi)
+    kl = torch.exp(log_ref_ratio) - log_ref_ratio - 1  # the k3 estimator
     loss = -completion_mean(torch.min(unclipped, clipped) - beta * kl, mask)
     return loss, completion_mean(kl.detach(), mask), completion_mean((clipped < unclipped).float(), mask)
 
@@ -66,23 +66,25 @@ def train(config: Config) -> None:
     if config.temperature <= 0:
         raise BadInput(f"--temperature must be above 0, not {config.temperature}")
     run = setup(config, config.temperature, with_reference=config.beta > 0)
-    for step, batch in steps(run, held_out_accuracy):
+    for step, batch in steps(
+        run, held_out_accuracy
+    ):  # which also evaluates, sets the learning rate and saves
         # 1. sample a group of completions for each prompt
         ids, mask = generate(run, batch, config.group_size, config.temperature)  # (B, G, T)
         texts = decode(run.processor, run.eos_ids, ids, mask)  # [B][G]
 
         # 2. reward each completion and compare it with its group
-        accuracy, formats = torch.zeros(2, *ids.shape[:2])  # (B, G) each
+        accuracy, formats = torch.zeros(ids.shape[:2]), torch.zeros(ids.shape[:2])  # (B, G)
         for b, example in enumerate(batch.examples):
             accuracy[b] = torch.tensor([accuracy_reward(o, example.answer, config.prompt) for o in texts[b]])
             formats[b] = torch.tensor([format_reward(o, config.prompt) for o in texts[b]])
         rewards = accuracy + formats
         advantages = group_advantages(rewards).to(ids.device)
 
-        # 3. the reference's log-probs, for the KL
-        ref_logps = reference_logps(run, batch, ids, mask)  # one (micro_batch, G, T) for each micro-batch
+        # 3. log-probs under the reference, (micro_batch, G, T) for each micro-batch; None if beta is 0
+        ref_logps = reference_logps(run, batch, ids, mask)
 
-        # 4. update the policy; the first pass, before any update, gives old_logps
+        # 4. update the policy; before the first update it is pi_old, so its log-probs are old_logps
         old_logps, results = [], []
         for iteration in range(config.num_iterations):
             for i, rows in enumerate(run.micro_batches):
@@ -90,11 +92,14 @@ def train(config: Config) -> None:
                     logps = policy_logps(run, select_rows(batch.inputs, rows), ids[rows], mask[rows])
                     if iteration == 0:
                         old_logps.append(logps.detach())
-                    tensors = logps, old_logps[i], ref_logps[i], advantages[rows], mask[rows]
-                    loss, kl, clipped = grpo_loss(*tensors, config.epsilon, config.beta)
-                    # the gradient is the mean over micro-batches and, by DDP, over processes
+                    loss, kl, clip_fraction = grpo_loss(
+                        logps, old_logps[i], ref_logps[i], advantages[rows], mask[rows],
+                        config.epsilon, config.beta,
+                    )  # fmt: skip
+                    # gradients are averaged over micro-batches here, over processes by DDP or FSDP2
                     run.accelerator.backward(loss / len(run.micro_batches))
-                results.append(torch.stack([loss.detach(), kl, clipped]))
+                results.append(torch.stack([loss.detach(), kl, clip_fraction]))
+            # refuses results of this iteration, and gradients, that are not finite
             grad_norm = optimizer_step(run, step, batch, results[-len(run.micro_batches) :])
 
         metrics = group_metrics(run, texts, ids, mask, accuracy, formats, rewards) | {"grad_norm": grad_norm}
@@ -106,7 +111,7 @@ def train(config: Config) -> None:
 
 
 def group_metrics(run: Run, texts: list[list[str]], ids, mask, accuracy, formats, rewards) -> dict:
-    """What the groups of a step are like."""
+    """Metrics of this process's groups. ids, mask: (B, G, T); accuracy, formats, rewards: (B, G)."""
     reward_std, lengths = rewards.std(1), mask.sum(-1).float()  # (B,), (B, G)
     has_ended = torch.isin(ids, torch.tensor(run.eos_ids, device=ids.device)).any(-1)  # (B, G)
     metrics = {
@@ -117,10 +122,10 @@ def group_metrics(run: Run, texts: list[list[str]], ids, mask, accuracy, formats
         "zero_std_groups": (reward_std == 0).float().mean(),  # these teach nothing
         "completion_tokens": lengths.mean(),
         "truncated": (~has_ended).float().mean(),
-        "unique_completions": sum(len(set(group)) for group in texts) / len(texts),
+        "unique_completions": sum(len(set(group)) for group in texts) / len(texts),  # a group, 1 to G
     }
     if run.config.prompt == "think":
-        thoughts = [o.partition("<answer>")[0] for group in texts for o in group]
+        thoughts = [o.partition("<answer>")[0] for group in texts for o in group]  # with their tags
         tokens = sum(map(len, run.processor.tokenizer(thoughts)["input_ids"])) / len(thoughts)
         metrics |= {"thinking_tokens": tokens, "answer_tokens": lengths.mean() - tokens}
     return metrics
@@ -139,7 +144,7 @@ def show_group(run: Run, step: int, batch: Batch, texts: list[list[str]], reward
 def main() -> None:
     config = parse(Config, __doc__)
     if not is_given("--model", "--data"):
-        from toy import toy_flags  # a real run needs none of it
+        from toy import toy_flags  # neither flag is given: the offline toy
 
         config = parse(Config, __doc__, toy_flags("grpo", config) + sys.argv[1:])
     train(config)

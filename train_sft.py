@@ -69,7 +69,7 @@ def train(config: Config) -> None:
 def main() -> None:
     config = parse(Config, __doc__)
     if not is_given("--model", "--data"):
-        from toy import toy_flags  # a real run needs none of it
+        from toy import toy_flags  # neither flag is given: the offline toy
 
         config = parse(Config, __doc__, toy_flags("sft", config) + sys.argv[1:])
     train(config)

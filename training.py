@@ -1,4 +1,4 @@
-"""What every training run needs and no algorithm: settings, the parts of a run, its steps, several processes.
+"""Everything of a training run but the algorithm: settings, setup, the loop over steps, several processes.
 
 A script gets a run from `setup`, loops over `steps`, and ends with `finish`; what happens in a step is in
 `train_grpo.py` and `train_sft.py`.
@@ -60,15 +60,17 @@ class TrainConfig:
     prompt: str = HfArg(default="answer", help="plain, answer or think: prompt, format reward and extraction")
     max_new_tokens: int = HfArg(default=256, help="a completion without an end by then is cut and counted")
     prompts_per_step: int = HfArg(default=16, help="prompts per step, all processes together")
-    micro_batch: int = HfArg(default=1, help="prompts in one forward of one process: memory, not results")
+    micro_batch: int = HfArg(default=1, help="prompts in one forward of one process; results stay the same")
     lr: float = HfArg(default=1e-6, help="AdamW's learning rate at the start, decaying linearly to 0")
     max_steps: int = HfArg(default=1000, help="steps of prompts_per_step prompts")
     resume: bool = HfArg(default=False, help="go on from the newest checkpoint in --output")
-    save_every: int = HfArg(default=100, help="steps between checkpoints")
+    save_every: int = HfArg(
+        default=100, help="steps between checkpoints, and between groups that are printed"
+    )
     keep_states: int = HfArg(
         default=1, help="newest checkpoints that stay resumable; of others the model stays"
     )
-    seed: int = HfArg(default=42, help="of data order, sampling, new adapters and their dropout")
+    seed: int = HfArg(default=42, help="seeds data order, sampling, new adapters and their dropout")
     freeze_audio_encoder: bool = HfArg(default=False, help="train the language model and the projector only")
     lora_rank: int = HfArg(default=0, help="train adapters of this rank (LoRA); 0: train the weights")
     lora_alpha: float = HfArg(default=32.0, help="the adapters' output is multiplied by alpha / rank")
@@ -150,13 +152,14 @@ def setup(config: TrainConfig, temperature: float = 1.0, with_reference: bool = 
     trained = [p for p in run.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=0.0)
     run.policy, run.optimizer = accelerator.prepare(Policy(run.model, temperature), optimizer)
-    register_fsdp_forward_method(run.policy, "call")
-    run.reference = run.policy if with_reference else None
+    register_fsdp_forward_method(run.policy, "call")  # for with_whole_weights; nothing without FSDP2
+    run.reference = run.policy if with_reference else None  # under LoRA, with its adapters off
     if separate_reference:
         reference = Policy(load_frozen(config, accelerator)[0], temperature)
-        # accelerate's own prepare takes only one model under FSDP2
-        sharded = accelerator.is_fsdp2 and fsdp2_prepare_model(accelerator, reference)
-        run.reference = sharded or reference.to(accelerator.device)
+        if accelerator.is_fsdp2:  # accelerate's own prepare takes only one model
+            run.reference = fsdp2_prepare_model(accelerator, reference)
+        else:
+            run.reference = reference.to(accelerator.device)
     run.first_step = resume(run)
     return run
 
@@ -221,10 +224,10 @@ def batches(run: Run) -> Iterator[Batch]:
     processor = deepcopy(run.processor)  # a tokenizer is not to be used by two threads at once
     jobs = deque()
 
-    def result(job) -> Batch:
+    def ready(job) -> Batch:
         batch = job.result()
         batch.inputs = {name: value.to(accelerator.device) for name, value in batch.inputs.items()}
-        torch.manual_seed(config.seed + batch.first)  # of LoRA's dropout, the same in a resumed run
+        torch.manual_seed(config.seed + batch.first)  # for LoRA's dropout: a resumed run draws the same
         return batch
 
     with ThreadPoolExecutor(1) as thread:
@@ -232,8 +235,8 @@ def batches(run: Run) -> Iterator[Batch]:
             first = step * config.prompts_per_step + accelerator.process_index * run.prompts
             jobs.append(thread.submit(read_batch, processor, run.examples, config, first, run.prompts))
             if len(jobs) == 2:
-                yield result(jobs.popleft())
-        yield result(jobs.popleft())
+                yield ready(jobs.popleft())
+        yield ready(jobs.popleft())
 
 
 # ---------------------------------------------------------------- what a step is made of
@@ -242,13 +245,13 @@ def batches(run: Run) -> Iterator[Batch]:
 def steps(run: Run, accuracy: Callable[[Run], float]) -> Iterator[tuple[int, Batch]]:
     """Each step with its batch.
 
-    Before the body of the loop: held-out accuracy, where it is due, and the learning rate. After it: a
-    checkpoint, where it is due or a signal came; then the process ends as the signal would have ended it.
+    Before each step it evaluates, if due, and sets the learning rate. After each step it saves a checkpoint,
+    if due or if a signal came; after a signal it then exits with the signal's status.
     """
     config, accelerator, interrupted, data = run.config, run.accelerator, Interrupted(), batches(run)
-    numbers = range(run.first_step, run.max_steps)
+    step_numbers = range(run.first_step, run.max_steps)
     silent = not accelerator.is_main_process
-    run.bar = tqdm(numbers, total=run.max_steps, initial=run.first_step, disable=silent)
+    run.bar = tqdm(step_numbers, total=run.max_steps, initial=run.first_step, disable=silent)
     run.last_lap = now()
     for step in run.bar:
         if run.eval_examples and step % config.eval_every == 0:
@@ -261,14 +264,14 @@ def steps(run: Run, accuracy: Callable[[Run], float]) -> Iterator[tuple[int, Bat
         lap(run, "other")
         yield step, batch
         lap(run, "other")
-        number = interrupted.on_any_process(accelerator)
-        if number or (step + 1) % config.save_every == 0:
+        signal_number = interrupted.on_any_process(accelerator)
+        if signal_number or (step + 1) % config.save_every == 0:
             save_checkpoint(run, step + 1)
             lap(run, "save")
-        if number:
+        if signal_number:
             done = f"{step + 1} of {run.max_steps} steps"
             accelerator.print(f"stopped after {done}; the same command with --resume goes on")
-            end(run, 128 + number)
+            end(run, 128 + signal_number)
 
 
 def generate(run: Run, batch: Batch, group_size: int, temperature: float):
@@ -277,7 +280,7 @@ def generate(run: Run, batch: Batch, group_size: int, temperature: float):
     A frozen encoder runs here, once: its output joins batch.inputs, for scoring and update.
     """
     shape = group_size, run.config.max_new_tokens
-    # the numbers behind a sample belong to its prompt, so that processes and batches change nothing
+    # random numbers are tied to the prompt: neither processes nor batches change a sample
     noise = [sampling_noise(run.config.seed, batch.first + b, *shape) for b in range(run.prompts)]
     noise = torch.stack(noise).to(run.accelerator.device)  # (B, G, T)
 
@@ -318,8 +321,8 @@ def policy_logps(run: Run, inputs: dict, ids: torch.Tensor, mask: torch.Tensor) 
 
 
 def accumulate(run: Run, rows: slice):
-    """Context of a micro-batch: gradients travel between processes with the last one only."""
-    # not under FSDP2, which would have to keep whole gradients to add them up before
+    """Context manager of a micro-batch: DDP exchanges gradients between processes in the last one only."""
+    # FSDP2 exchanges them every time: waiting would mean to hold unsharded gradients
     if rows.stop == run.prompts or run.accelerator.is_fsdp2:
         return nullcontext()
     return run.accelerator.no_sync(run.policy)
@@ -340,6 +343,7 @@ def optimizer_step(run: Run, step: int, batch: Batch, losses: list[torch.Tensor]
 
 def check_finite(run: Run, step: int, batch: Batch, losses: list[torch.Tensor], grad_norm: float) -> None:
     """Raise BadInput, naming the examples, if a loss or the gradient is not finite on any process."""
+    # one entry for each micro-batch, then the gradient's
     finite = torch.stack([loss.isfinite().all() for loss in [*losses, losses[0].new_tensor(grad_norm)]])
     if run.accelerator.gather(finite.all()[None]).all():
         return
