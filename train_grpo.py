@@ -66,9 +66,8 @@ def train(config: Config) -> None:
     if config.temperature <= 0:
         raise BadInput(f"--temperature must be above 0, not {config.temperature}")
     run = setup(config, config.temperature, with_reference=config.beta > 0)
-    for step, batch in steps(
-        run, held_out_accuracy
-    ):  # which also evaluates, sets the learning rate and saves
+    # besides the batch, steps() sees to evaluation, learning rate, checkpoints and signals
+    for step, batch in steps(run, held_out_accuracy):
         # 1. sample a group of completions for each prompt
         ids, mask = generate(run, batch, config.group_size, config.temperature)  # (B, G, T)
         texts = decode(run.processor, run.eos_ids, ids, mask)  # [B][G]
