@@ -21,9 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from data import BadInput, sha256, write_rows, write_whole
+from data import BadInput, write_rows, write_whole
 from flags import run_command
-from model import LOADABLE, base_of_adapter, load_model
+from model import LOADABLE, NO_CODE, add_saved_adapters, base_of_adapter, check_finite_weights, load_model
 
 # flags that a resumed run may change: nothing computed before depends on them (data is known by its content)
 MAY_CHANGE = "output resume save_every keep_states merge log_with eval_data eval_every data audio_dir".split()
@@ -42,6 +42,7 @@ def save_model(run, folder: str) -> None:
     accelerator, model = run.accelerator, run.model
     state_dict = accelerator.get_state_dict(run.policy)
     weights = {name.removeprefix("model."): weight for name, weight in state_dict.items()}
+    check_finite_weights(weights.items())
     if accelerator.is_main_process:
         if run.adapters:
             weights = {f"base_model.model.{name}": weight for name, weight in weights.items()}
@@ -77,12 +78,8 @@ def save_state(run, folder: str, step: int) -> None:
                 tensors |= {f"{key} {name}": local(value).contiguous() for key, value in values.items()}
         save_file(tensors, os.path.join(folder, f"process-{shard}.safetensors"))
     if accelerator.is_main_process:
-        state = {
-            "step": step,
-            "shards": shards,
-            "data_sha256": sha256(run.config.data),
-            "config": settings_of(run),
-        }
+        state = {"step": step, "shards": shards, "data_hash": run.data_hash, "base_hash": run.base_hash}
+        state |= {"config": settings_of(run), "tensors": sorted(tensors)}
         write_whole(os.path.join(folder, "state.json"), json.dumps(state, indent=2))
 
 
@@ -93,12 +90,12 @@ def save_final(run) -> None:
     try:
         save_model(run, partial)
         if run.accelerator.is_main_process:  # the file that makes a folder loadable comes last
+            if run.config.merge:
+                shutil.rmtree(merged := os.path.join(output, "merged"), ignore_errors=True)
+                merge(partial, output=merged)
             for name in sorted(os.listdir(partial), key=lambda name: name in LOADABLE):
                 os.replace(os.path.join(partial, name), os.path.join(output, name))
             os.rmdir(partial)
-            if run.config.merge:
-                shutil.rmtree(merged := os.path.join(output, "merged"), ignore_errors=True)
-                merge(output, output=merged)
     except (OSError, SafetensorError) as error:
         raise BadInput(f"{output}: the model cannot be saved ({error})") from None
     run.accelerator.wait_for_everyone()
@@ -132,26 +129,44 @@ def save_checkpoint(run, step: int) -> None:
 # ---------------------------------------------------------------- resuming
 
 
-def read_metrics(folder: str) -> list[dict]:
-    """The lines of a run's metrics.jsonl, without the half line that a killed run may end with."""
+def read_metrics(folder: str) -> tuple[list[dict], int]:
+    """The lines of a run's metrics.jsonl, and how many whole ones are none.
+
+    A killed run may end with half a line, which does not count.
+    """
+    lines, damaged = [], 0
     try:
-        with open(os.path.join(folder, "metrics.jsonl")) as file:
-            return [json.loads(line) for line in file if line.endswith("\n")]
+        with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8", errors="replace") as file:
+            for text in file:
+                try:
+                    line = json.loads(text)
+                    lines += [line | {"step": int(line["step"])}] if text.endswith("\n") else []
+                except (ValueError, TypeError, KeyError, RecursionError):
+                    damaged += text.endswith("\n")
     except OSError:
-        return []
+        pass
+    return lines, damaged
 
 
-def write_metrics(run, step: int, metrics: dict) -> dict:
-    """Means over processes, as a line of metrics.jsonl and to the trackers; returned with six digits."""
-    accelerator = run.accelerator
-    values = torch.tensor([float(value) for value in metrics.values()], device=accelerator.device)
-    values = accelerator.reduce(values, "mean").tolist()
-    metrics = {name: float(f"{value:.6g}") for name, value in zip(metrics, values)}
-    if accelerator.is_main_process:
-        with open(os.path.join(run.config.output, "metrics.jsonl"), "a") as file:
+def mean_over_processes(run, metrics: dict) -> dict:
+    """Means as floats of six digits."""
+    values = torch.tensor([float(value) for value in metrics.values()], device=run.accelerator.device)
+    values = run.accelerator.reduce(values, "mean").tolist()
+    return {name: float(f"{value:.6g}") for name, value in zip(metrics, values)}
+
+
+def append_metrics(run, step: int) -> None:
+    """A line of metrics.jsonl, and to the trackers."""
+    metrics, run.metrics = run.metrics, {}
+    run.accelerator.log(metrics, step)
+    if run.accelerator.is_main_process:
+        with open(os.path.join(run.config.output, "metrics.jsonl"), "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
-    accelerator.log(metrics, step)
-    return metrics
+
+
+def is_saved(run, step: int) -> bool:
+    """Whether a run can be resumed from a checkpoint after so many steps."""
+    return os.path.exists(os.path.join(run.config.output, f"checkpoint-{step}", "state", "state.json"))
 
 
 def list_states(output: str) -> list[str]:
@@ -183,9 +198,11 @@ def resume(run) -> int:
     if accelerator.is_main_process:
         for partial in glob.glob(os.path.join(glob.escape(output), "*.partial")):
             shutil.rmtree(partial, ignore_errors=True)
+        lines, damaged = read_metrics(output)
+        if damaged:
+            accelerator.print(f"--resume: {damaged} lines of metrics.jsonl cannot be read and are dropped")
         # what came after the checkpoint comes again
-        lines = [line for line in read_metrics(output) if line["step"] < step]
-        write_rows(os.path.join(output, "metrics.jsonl"), lines)
+        write_rows(os.path.join(output, "metrics.jsonl"), [line for line in lines if line["step"] < step])
     accelerator.wait_for_everyone()
     return step
 
@@ -198,14 +215,17 @@ def load_state(run, folder: str) -> int:
         check_same_run(run, folder, state)
         shard, _ = shard_of(run.accelerator)
         tensors = load_file(os.path.join(folder, f"process-{shard}.safetensors"))
+        if sorted(tensors) != state["tensors"]:
+            raise BadInput(f"--resume: {folder} is damaged: its tensors are not those that were saved")
+        check_finite_weights(tensors.items())
         for name, p in run.accelerator.unwrap_model(run.policy).named_parameters():
             if p.requires_grad:
-                local(p.data).copy_(tensors.pop(f"weight {name}"))
+                copy_into(local(p.data), tensors.pop(f"weight {name}"))
                 for key in [key for key in tensors if key.endswith(f" {name}")]:
                     value = tensors.pop(key)
                     # a moment is shaped and sharded as its parameter; a copy, for the file may be removed
                     moment = torch.zeros_like(p.data if value.dim() else value)
-                    local(moment).copy_(value)
+                    copy_into(local(moment), value)
                     run.optimizer.state[p][key.split()[0]] = moment
         if tensors:
             raise BadInput(f"--resume: {folder} is of another model; it holds {next(iter(tensors))!r}")
@@ -215,6 +235,12 @@ def load_state(run, folder: str) -> int:
         raise BadInput(f"--resume: {folder} is damaged or of another model ({reason})") from None
 
 
+def copy_into(target: torch.Tensor, value: torch.Tensor) -> None:
+    if target.shape != value.shape:  # which copy_ would stretch
+        raise ValueError(f"a tensor has the shape {list(value.shape)} and not {list(target.shape)}")
+    target.copy_(value)
+
+
 def check_same_run(run, folder: str, state: dict) -> None:
     """Raise BadInput if a run with this state would not be the run that was saved."""
     before, settings = state["config"], settings_of(run)
@@ -222,8 +248,10 @@ def check_same_run(run, folder: str, state: dict) -> None:
     if changed:
         flags = ", ".join(f"--{name} {settings[name]} (it was {before[name]})" for name in changed)
         raise BadInput(f"--resume: these flags would make it another run: {flags}")
-    if state["data_sha256"] != sha256(run.config.data):
+    if state["data_hash"] != run.data_hash:
         raise BadInput(f"--resume: {run.config.data} is not the file that the run was started with")
+    if state["base_hash"] != run.base_hash:
+        raise BadInput(f"--resume: {run.config.model} has not the weights that the run was started from")
     _, shards = shard_of(run.accelerator)
     if state["shards"] != shards:
         raise BadInput(
@@ -241,13 +269,11 @@ def merge(adapters: str, *, output: str) -> None:
         raise BadInput(f"{adapters}: holds no LoRA adapters")
     if os.path.exists(output):
         raise BadInput(f"{output}: already there; remove it or name another folder")
-    from peft import PeftModel
-
-    dtype = AutoConfig.from_pretrained(base).dtype
+    dtype = AutoConfig.from_pretrained(base, **NO_CODE).dtype
     model, processor = load_model(
         base, torch.float32
     )  # a sum in bf16 would lose what little the adapters add
-    model = PeftModel.from_pretrained(model, adapters).merge_and_unload().to(dtype)
+    model = add_saved_adapters(model, adapters).merge_and_unload().to(dtype)
     partial = f"{output}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)

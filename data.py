@@ -13,15 +13,19 @@ import hashlib
 import json
 import os
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import soundfile
 import soxr
 import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 SAMPLE_RATE = 16_000  # Hz, what the Whisper front end of Qwen2-Audio takes
+LOCK = ".lock"  # in a folder of results
+MOST_TOKENS = 4_096  # of a question with its options; MMAU's have about 50
 STEM = "{question} Please choose the answer from the following options: {choices}."
 PROMPTS = {  # R1-AQA's prompts 1 to 3; {choices} is the Python list, as upstream prints it
     "plain": STEM,
@@ -35,6 +39,24 @@ class BadInput(Exception):
     """Bad input, said in one line: what, which file, which row."""
 
 
+def printable(text: str) -> str:
+    """Text from data or a model for the terminal, which its control characters must not steer."""
+    controls = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+    return re.sub(controls, lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+@contextmanager
+def blame(location: str):
+    """Whatever goes wrong inside is bad input from this file, row or flag, and becomes its one line."""
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(f"{location}: {error}") from None
+    except Exception as error:
+        reason = str(error).strip().splitlines()[:1]
+        raise BadInput(": ".join([location, type(error).__name__, *reason])) from None
+
+
 @dataclass
 class Example:
     audio: str  # path of the clip
@@ -43,43 +65,56 @@ class Example:
     answer: str | None  # the text of the true option; None where the dataset has no answers
     row: dict  # the row as it was read
     location: str  # file and row, for messages
+    problem: str = ""  # why the row cannot be used
 
 
 # ---------------------------------------------------------------- rows
 
 
-def load_examples(path: str, audio_dir: str | None = None, need_answers: bool = True) -> list[Example]:
-    """Read a JSON list or JSON Lines file. Raises BadInput at the first row that cannot be used.
+def load_examples(path: str, audio_dir: str = "", for_training: bool = True) -> tuple[list[Example], str]:
+    """Examples of a JSON list or JSON Lines file, and the SHA-256 of the file as it was read.
 
+    Raises BadInput at the first row that cannot be used; in evaluation such a row is kept, with its problem.
     Clips are looked for in `audio_dir`, or beside the file; whether they exist is `check_audio`'s business.
     """
-    folder = audio_dir or os.path.dirname(path)
-    examples = [to_example(row, location, folder) for row, location in read_rows(path)]
-    if need_answers:
-        for example in examples:
-            check_answer(example)
-    return examples
+    rows, digest = read_rows(path)
+    examples = []
+    for row, location in rows:
+        try:
+            with blame(location):
+                example = to_example(row, location, audio_dir or os.path.dirname(path))
+                if for_training:
+                    check_answer(example)
+        except BadInput as error:
+            if for_training:
+                raise
+            example = Example("", "", [], None, row if isinstance(row, dict) else {}, location, str(error))
+        examples.append(example)
+    if all(example.problem for example in examples):
+        raise BadInput(examples[0].problem)
+    return examples, digest
 
 
 def check_answer(example: Example) -> None:
     """Raise BadInput unless the answer is one of the options, as training needs it."""
     if example.answer is None:
-        raise BadInput(f"{example.location}: has no answer to compare with")
+        raise BadInput("has no answer to compare with")
     if example.answer.strip() not in [choice.strip() for choice in example.choices]:
-        raise BadInput(
-            f"{example.location}: answer {example.answer!r} is not among the options {example.choices}"
-        )
+        raise BadInput(f"answer {example.answer!r} is not among the options {example.choices}")
 
 
-def read_rows(path: str) -> list[tuple[object, str]]:
-    """Rows with their locations: (row, "file:line") of JSON Lines, (row, "file: row n") of a JSON list."""
+def read_rows(path: str) -> tuple[list[tuple[object, str]], str]:
+    """Rows with their locations, and the SHA-256 of the file.
+
+    (row, "file:line") of JSON Lines, (row, "file: row n") of a JSON list.
+    """
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read()
+        with open(path, "rb") as file:
+            content = file.read()
+        text = content.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(
-            f"{path}: cannot be read as text ({getattr(error, 'strerror', None) or 'not UTF-8'})"
-        ) from None
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise BadInput(f"{path}: cannot be read as text ({reason})") from None
     rows, first = [], 1
     try:
         if text.lstrip().startswith("["):
@@ -88,39 +123,35 @@ def read_rows(path: str) -> list[tuple[object, str]]:
             for first, line in enumerate(text.split("\n"), 1):
                 if line.strip():
                     rows.append((json.loads(line), f"{path}:{first}"))
-    except json.JSONDecodeError as error:
-        location = f"{path}:{first + error.lineno - 1}"
-        raise BadInput(
-            f"{location}: not JSON ({error.msg}); a JSON list or one JSON object a line is read"
-        ) from None
+    except (ValueError, RecursionError) as error:
+        location = f"{path}:{first + getattr(error, 'lineno', 1) - 1}"
+        reason = f"{getattr(error, 'msg', error)}; a JSON list or one JSON object a line is read"
+        raise BadInput(f"{location}: not JSON ({reason})") from None
     if not rows:
         raise BadInput(f"{path}: holds no rows")
-    return rows
+    return rows, hashlib.sha256(content).hexdigest()
 
 
 def to_example(row: object, location: str, folder: str) -> Example:
-    """One row of any known dataset. Raises BadInput with the location and the reason."""
-
-    def refuse(reason):
-        raise BadInput(f"{location}: {reason}")
-
+    """One row of any known dataset. Raises BadInput with the reason."""
     if not isinstance(row, dict):
-        refuse("not a JSON object")
-    is_avqa = (
-        "multi_choice" in row or "question_text" in row
-    )  # its answers are indices, and its questions say "video"
-    question = row.get("question_text" if is_avqa else "question")
-    choices = row.get("multi_choice" if is_avqa else "choices")
+        raise BadInput("not a JSON object")
+    # AVQA's answers are indices, and its questions say "video"
+    is_avqa = "multi_choice" in row or "question_text" in row
+    question_key, choices_key = ("question_text", "multi_choice") if is_avqa else ("question", "choices")
+    question, choices = row.get(question_key), row.get(choices_key)
     if not isinstance(question, str) or not question.strip():
-        refuse(f"no question (key '{'question_text' if is_avqa else 'question'}')")
+        raise BadInput(f"no question (key '{question_key}')")
     if not isinstance(choices, list) or len(choices) < 2:
-        refuse(f"no list of at least two options (key '{'multi_choice' if is_avqa else 'choices'}')")
+        raise BadInput(f"no list of at least two options (key '{choices_key}')")
     for n, choice in enumerate(choices, 1):
         if isinstance(choice, bool) or not isinstance(choice, (str, int, float)) or not str(choice).strip():
-            refuse(f"option {n} is not text: {choice!r}")
+            raise BadInput(f"option {n} is not text: {choice!r}")
     choices = [str(choice) for choice in choices]
-    if special := re.search(r"<\|\w+\|>", " ".join([question, *choices])):
-        refuse(f"the text holds the special token {special[0]}")
+    text = "\n".join([question, *choices])
+    text.encode()  # which half of a surrogate pair does not survive
+    if special := re.search(r"<\|\w+\|>", text):
+        raise BadInput(f"the text holds the special token {special[0]}")
 
     if is_avqa:
         question = question.replace("video", "audio")
@@ -129,21 +160,19 @@ def to_example(row: object, location: str, folder: str) -> Example:
         answer = None
     elif is_avqa:
         if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-            refuse(f"answer must be an index from 0 to {len(choices) - 1}, not {answer!r}")
+            raise BadInput(f"answer must be an index from 0 to {len(choices) - 1}, not {answer!r}")
         answer = choices[answer]
     answer = None if answer is None else str(answer)
-    return Example(find_clip(row, location, folder), question, choices, answer, row, location)
+    return Example(find_clip(row, folder), question, choices, answer, row, location)
 
 
-def find_clip(row: dict, location: str, folder: str) -> str:
+def find_clip(row: dict, folder: str) -> str:
     """Path of a row's clip: the first of its likely names that exists, else the likeliest."""
     key = next((key for key in ("audio", "audio_path", "audio_id", "video_name") if key in row), None)
     name = row.get(key)
     if not isinstance(name, str) or not name.strip():
-        raise BadInput(f"{location}: no audio (key 'audio', 'audio_path', 'audio_id' or 'video_name')")
-    if (
-        key == "video_name"
-    ):  # original AVQA, `<youtube id>_<start in six digits>`: people name the clip variously
+        raise BadInput("no audio (key 'audio', 'audio_path', 'audio_id' or 'video_name')")
+    if key == "video_name":  # original AVQA: `<youtube id>_<start in six digits>`; clips have various names
         video, _, start = name.rpartition("_")
         stems = f"{video}_{start.lstrip('0')}", name, f"{video}_000000"
         names = [f"{stem}.{kind}" for kind in ("wav", "flac", "mp3", "ogg") for stem in stems]
@@ -155,7 +184,7 @@ def find_clip(row: dict, location: str, folder: str) -> str:
 
 def check_audio(examples: list[Example], skip: bool = False) -> int:
     """How many clips do not exist. Raises BadInput if any is missing; with `skip` only if all are."""
-    missing = [example for example in examples if not os.path.isfile(example.audio)]
+    missing = [example for example in examples if not example.problem and not os.path.isfile(example.audio)]
     if missing and not (skip and len(missing) < len(examples)):
         more = f" ({len(missing)} of {len(examples)} clips are missing)" if len(missing) > 1 else ""
         first = f"{missing[0].location}: no audio file {missing[0].audio}"
@@ -175,10 +204,22 @@ def stream_indices(n: int, seed: int, start: int, count: int) -> list[int]:
 # ---------------------------------------------------------------- prompts and audio
 
 
+def question_text(example: Example, prompt: str) -> str:
+    """What is asked, without the chat around it."""
+    return PROMPTS[prompt].format(question=example.question, choices=example.choices)
+
+
+def check_prompt(processor, example: Example, prompt: str) -> None:
+    """Raise BadInput for a question that is too long."""
+    tokens = len(processor.tokenizer(question_text(example, prompt))["input_ids"])
+    if tokens > MOST_TOKENS:
+        raise BadInput(f"the question has {tokens} tokens, and {MOST_TOKENS} are the most")
+
+
 def chat_text(processor, example: Example, prompt: str) -> str:
     """The prompt in the model's chat template, up to where the answer begins."""
-    question = PROMPTS[prompt].format(question=example.question, choices=example.choices)
-    content = [{"type": "audio", "audio_url": example.audio}, {"type": "text", "text": question}]
+    content = [{"type": "audio", "audio_url": example.audio}]
+    content += [{"type": "text", "text": question_text(example, prompt)}]
     chat = [{"role": "user", "content": content}]
     return processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
 
@@ -196,28 +237,39 @@ def open_audio(path: str) -> soundfile.SoundFile:
     cut = stated and int(stated[2]) < 0.9 * int(stated[1]) < 1.9e9
     if cut or "lacks an end-of-stream bit" in file.extra_info:
         raise BadInput(f"{path}: is cut short ({file.frames / file.samplerate:.1f} s are left)")
+    if not 1_000 <= file.samplerate <= 768_000:
+        raise BadInput(f"{path}: has {file.samplerate} Hz, and 1,000 to 768,000 are read")
     if file.frames < file.samplerate / 10:
         length = f"{file.frames} samples at {file.samplerate} Hz"
         raise BadInput(f"{path}: empty audio ({length}, and 0.1 s is the least)")
     return file
 
 
-def load_audio(path: str) -> np.ndarray:
+def load_audio(path: str, window: int | None = None) -> np.ndarray:
     """Samples (n,) float32 at 16 kHz: channel 0, as R1-AQA (not a mean), resampled by soxr.
 
-    Raises BadInput on what `open_audio` refuses, and on samples that are not there or not finite.
+    window: samples at 16 kHz that the model uses; of a longer clip the rest is not read, and n is window + 1.
+    Raises BadInput on what `open_audio` refuses, and on samples that are missing or no sound.
     """
     with open_audio(path) as file:
+        frames = file.frames
+        if window is not None:  # and a second more, so that resampling does not see the cut
+            frames = min(frames, file.samplerate * (window // SAMPLE_RATE + 2))
         try:
-            samples = file.read(dtype="float32", always_2d=True)[:, 0]
+            # in blocks, for a file may have a thousand channels
+            sizes = [min(1 << 16, frames - i) for i in range(0, frames, 1 << 16)]
+            blocks = [file.read(size, dtype="float32", always_2d=True)[:, 0].copy() for size in sizes]
+            samples = np.concatenate(blocks)
         except soundfile.LibsndfileError as error:
             raise BadInput(f"{path}: cannot be read as audio ({error.error_string})") from None
-        if len(samples) < 0.9 * file.frames:  # a tenth, for MP3 headers are not exact
-            raise BadInput(f"{path}: is cut short ({len(samples)} of {file.frames} samples are there)")
+        if len(samples) < 0.9 * frames:  # a tenth, for MP3 headers are not exact
+            raise BadInput(f"{path}: is cut short ({len(samples)} of {frames} samples are there)")
     wave = samples if file.samplerate == SAMPLE_RATE else soxr.resample(samples, file.samplerate, SAMPLE_RATE)
     if not np.isfinite(wave).all():
         raise BadInput(f"{path}: has samples that are not finite numbers")
-    return wave
+    if np.abs(wave).max() > 1e6:  # 1 is full scale, and 32,768 where a writer forgot to divide
+        raise BadInput(f"{path}: has samples as large as {np.abs(wave).max():.0e}, which is no sound")
+    return wave if window is None else wave[: window + 1]
 
 
 @torch.autocast("cpu", enabled=False)  # features are fp32, whatever the model around computes in
@@ -249,6 +301,15 @@ class Batch:
     metrics: dict  # of the clips
 
 
+def read_clip(processor, example: Example, prompt: str) -> np.ndarray:
+    """The samples of an example, as far as the model uses them. Raises BadInput with the location."""
+    if example.problem:
+        raise BadInput(example.problem)
+    with blame(example.location):
+        check_prompt(processor, example, prompt)
+        return load_audio(example.audio, processor.feature_extractor.n_samples)
+
+
 def read_batch(processor, examples: list[Example], config, first: int, B: int) -> Batch:
     """B prompts of the stream. With --skip_bad_audio the next row replaces a bad one; else it is refused."""
     batch, waves, skipped = [], [], 0
@@ -256,14 +317,13 @@ def read_batch(processor, examples: list[Example], config, first: int, B: int) -
         for k in range(len(examples)):  # the row itself, or the next that can be read
             example = examples[(i + k) % len(examples)]
             try:
-                waves.append(load_audio(example.audio))
+                waves.append(read_clip(processor, example, config.prompt))
                 break
             except BadInput as error:
-                bad = BadInput(f"{example.location}: {error}")
                 if not config.skip_bad_audio:
-                    raise bad from None
-                tqdm.write(f"skipped: {bad}")
-                skipped += 1
+                    raise
+                bad, skipped = error, skipped + 1
+                tqdm.write(printable(f"skipped: {bad}"))
         else:
             raise bad  # no row can be read
         batch.append(example)
@@ -312,9 +372,14 @@ def write_rows(path: str, rows: list) -> None:
     write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def make_folder(path: str) -> None:
-    """Make a folder for results. Raises BadInput where it cannot be made."""
+def lock_folder(path: str) -> FileLock:
+    """Make a folder for results; others are kept out while the lock is referred to and this process lives."""
+    lock = FileLock(os.path.join(path, LOCK), is_singleton=True)
     try:
         os.makedirs(path, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BadInput(f"--output {path}: another run is at work in it") from None
     except OSError as error:
-        raise BadInput(f"--output {path or repr('')}: cannot be made ({error.strerror})") from None
+        raise BadInput(f"--output {path or repr('')}: cannot be written ({error.strerror})") from None
+    return lock

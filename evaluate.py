@@ -12,8 +12,8 @@ import json
 import os
 import re
 import time
-from collections import defaultdict
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import accelerate
@@ -25,14 +25,14 @@ from accelerate.utils import gather_object, set_seed
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
-from data import PROMPTS, SAMPLE_RATE, BadInput, Example, check_audio, decode, is_cut, load_audio
-from data import load_examples, make_batch, make_folder, read_rows, sha256, to_example, write_whole
-from flags import check_at_least, parse, run_main
-from model import DEFAULT_MODEL, LOADABLE, completion_mask, eos_tokens, load_model, sample
-from rewards import extract_answer, format_reward, mmau_match, paired_difference, wilson_interval
+from data import PROMPTS, SAMPLE_RATE, BadInput, Example, blame, check_audio, decode, is_cut, load_audio
+from data import load_examples, lock_folder, make_batch, read_clip, read_rows, sha256, to_example, write_whole
+from flags import check_at_least, parse, run_main, say
+from model import DEFAULT_MODEL, LOADABLE, NotFinite, completion_mask, eos_tokens, load_model, sample
+from model import weights_hash
+from rewards import by_group, extract_answer, format_reward, judge, mmau_match, paired_difference
+from rewards import prediction_of, score
 from training import Run, with_whole_weights
-
-GROUPS = ("task", "difficulty", "sub-category", "modality")  # keys of MMAU and, the last, of MMAR
 
 
 @dataclass
@@ -74,51 +74,57 @@ def generate(model, inputs: dict, eos_ids: list[int], max_new_tokens: int):
     return ids, completion_mask(ids, eos_ids)
 
 
-def predict(
-    model,
-    processor,
-    examples,
-    prompt,
-    batch_size,
-    max_new_tokens,
-    decoding="greedy",
-    silence=False,
-    bar=False,
-):
-    """Predictions in the order of the examples; an empty one for a clip that cannot be read."""
-    answer = sample if decoding == "greedy" else generate
-    eos_ids, predictions = eos_tokens(model, processor), []
-    for first in tqdm(range(0, len(examples), batch_size), desc="answering", disable=not bar):
-        batch, waves, errors = examples[first : first + batch_size], [], []
-        for example in batch:
-            try:
-                wave, error = load_audio(example.audio), ""
-            except BadInput as bad:
-                wave, error = np.zeros(SAMPLE_RATE, np.float32), f"{example.location}: {bad}"
-            waves.append(np.zeros_like(wave) if silence else wave)
-            errors.append(error)
-        inputs = make_batch(processor, batch, waves, prompt)
-        inputs = {name: value.to(model.device) for name, value in inputs.items()}
+def predict(model, processor, batch, prompt, max_new_tokens, decoding="greedy", silence=False):
+    """A Prediction for each example of a batch; an empty one, with the reason, where a row cannot be used."""
+    asked, waves, errors = [], [], []
+    for example in batch:
+        try:
+            wave, error = read_clip(processor, example, prompt), ""
+        except BadInput as bad:  # nothing is asked in its place
+            example, wave, error = replace(example, question="", choices=[]), np.zeros(SAMPLE_RATE), str(bad)
+        asked.append(example)
+        waves.append(np.zeros_like(wave) if silence else wave)
+        errors.append(error)
+    inputs = make_batch(processor, asked, waves, prompt)
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    eos_ids = eos_tokens(model, processor)
+    try:
+        answer = sample if decoding == "greedy" else generate
         ids, mask = answer(model, inputs, eos_ids, max_new_tokens)  # (B, 1, T)
-        texts = [text for (text,) in decode(processor, eos_ids, ids, mask)]
-        for text, wave, error in zip(texts, waves, errors):
-            predictions.append(Prediction("" if error else text, is_cut(processor, wave), error))
-    return predictions
+    except NotFinite as error:
+        location = batch[error.args[0]].location
+        raise BadInput(f"{location}: the model's logits are not finite numbers") from None
+    texts = [text for (text,) in decode(processor, eos_ids, ids, mask)]
+    cut = [is_cut(processor, wave) for wave in waves]
+    return [Prediction("" if e else text, c, e) for text, c, e in zip(texts, cut, errors)]
 
 
 def held_out_accuracy(run: Run) -> float:
-    """Accuracy of a policy in training; every process answers its part."""
-    config, accelerator = run.config, run.accelerator
+    """Accuracy of a policy in training; every process answers its part, until it is interrupted."""
+    config, accelerator, problems = run.config, run.accelerator, []
     examples = run.eval_examples[accelerator.process_index :: accelerator.num_processes]
-    how = config.prompt, run.prompts, config.max_new_tokens
+
+    def count_correct() -> int:
+        correct = 0
+        for first in range(0, len(examples), run.prompts):
+            batch = examples[first : first + run.prompts]
+            try:
+                predictions = predict(run.model, run.processor, batch, config.prompt, config.max_new_tokens)
+            except BadInput as error:
+                problems.append(error)
+            if problems or run.interrupted.number:
+                break
+            problems.extend(BadInput(p.error) for p in predictions if p.error and not config.skip_bad_audio)
+            answers = [extract_answer(p.completion, config.prompt) for p in predictions]
+            correct += sum(mmau_match(answer, e.answer, e.choices) for answer, e in zip(answers, batch))
+        return correct
+
     run.policy.eval()
     with accelerator.autocast():
-        predictions = with_whole_weights(run.policy, predict, run.model, run.processor, examples, *how)
-    if (errors := [p.error for p in predictions if p.error]) and not config.skip_bad_audio:
-        raise BadInput(errors[0])
-    answers = [extract_answer(p.completion, config.prompt) for p in predictions]
-    correct = sum(mmau_match(answer, e.answer, e.choices) for answer, e in zip(answers, examples))
+        correct = with_whole_weights(run.policy, count_correct)
     correct = accelerator.reduce(torch.tensor(float(correct), device=accelerator.device))
+    if problems:  # said after what all processes do together
+        raise problems[0]
     return correct.item() / len(run.eval_examples)
 
 
@@ -131,59 +137,6 @@ def prompt_style(config: Config, model: str) -> str:
 
 
 # ---------------------------------------------------------------- scoring
-
-
-def judge(row: object, location: str) -> bool | None:
-    """Whether a row's prediction is right by MMAU's rule; None where there is no answer to compare with."""
-    if not isinstance(row, dict):
-        raise BadInput(f"{location}: not a JSON object")
-    choices, answer = row.get("choices", row.get("multi_choice")), row.get("answer")
-    if not isinstance(choices, list):
-        raise BadInput(f"{location}: no list of options (key 'choices')")
-    if answer is None or answer == "":
-        return None
-    if "multi_choice" in row:  # AVQA's answers are indices
-        if not isinstance(answer, int) or answer not in range(len(choices)):
-            raise BadInput(
-                f"{location}: answer must be an index from 0 to {len(choices) - 1}, not {answer!r}"
-            )
-        answer = choices[answer]
-    return mmau_match(prediction_of(row) or "", str(answer), [str(choice) for choice in choices])
-
-
-def prediction_of(row: dict) -> str | None:
-    """A row's prediction under either key of the benchmark's script; None where there is none."""
-    values = [row[key] for key in ("model_output", "model_prediction") if row.get(key) is not None]
-    return str(values[0]) if values else None
-
-
-def tally(marks: list[bool]) -> dict:
-    """Accuracy with its interval; None for no marks."""
-    correct, total = sum(marks), len(marks)
-    accuracy, interval = (correct / total, wilson_interval(correct, total)) if total else (None, None)
-    return {"accuracy": accuracy, "interval": interval, "correct": correct, "total": total}
-
-
-def by_group(rows: list[dict], values: list) -> dict[str, dict[str, list]]:
-    """The values, one a row, sorted into {key: {value of that key: [...]}}; None is left out."""
-    groups = {key: defaultdict(list) for key in GROUPS}
-    for row, value in zip(rows, values, strict=True):
-        for key in GROUPS:
-            if value is not None and key in row:
-                groups[key][str(row[key])].append(value)
-    return {key: dict(sorted(group.items())) for key, group in groups.items()}
-
-
-def score(rows: list[tuple[dict, str]]) -> dict:
-    """Accuracy of rows (each with its location), overall and by group. A missing prediction is wrong."""
-    marks, rows = [judge(row, location) for row, location in rows], [row for row, _ in rows]
-    groups = by_group(rows, marks).items()
-    return {
-        **tally([mark for mark in marks if mark is not None]),
-        "unanswered": marks.count(None),
-        "missing": sum(prediction_of(row) is None for row in rows),
-        "by": {key: {name: tally(part) for name, part in group.items()} for key, group in groups},
-    }
 
 
 def read_json(path: str) -> dict:
@@ -206,18 +159,18 @@ def show(results: dict, target: str) -> None:
     def line(name, part):
         low, high = part["interval"]
         counts = f"{part['correct']} of {part['total']}"
-        print(f"{name:<40} {part['accuracy']:8.1%}   {100 * low:5.1f} to {100 * high:5.1f}   {counts:>14}")
+        say(f"{name:<40} {part['accuracy']:8.1%}   {100 * low:5.1f} to {100 * high:5.1f}   {counts:>14}")
 
     if results["total"]:
-        print(f"{'':<40} accuracy   95 % interval          correct")
+        say(f"{'':<40} accuracy   95 % interval          correct")
         line("overall", results)
         for key, group in results["by"].items():
             if group:
-                print(key)
+                say(key)
                 for name, part in group.items():
                     line(f"  {name}", part)
     else:
-        print("the file has no answers, so there is nothing to score")
+        say("the file has no answers, so there is nothing to score")
     notes = {
         "unanswered": "rows have no answer to compare with and are not in the score",
         "missing": "rows have no prediction and count as wrong (the benchmark's script may leave them out)",
@@ -225,30 +178,30 @@ def show(results: dict, target: str) -> None:
     }
     for name, text in notes.items():
         if results.get(name) and results["total"]:
-            print(f"{results[name]} {text}")
+            say(f"{results[name]} {text}")
     if results.get("unreadable"):
-        print(f"{len(results['unreadable'])} clips could not be read; their rows count as wrong:")
-        print("\n".join(f"  {error}" for error in results["unreadable"][:10]))
+        say(f"{len(results['unreadable'])} clips could not be read; their rows count as wrong:")
+        say("\n".join(f"  {error}" for error in results["unreadable"][:10]))
         if len(results["unreadable"]) > 10:
-            print(f"  ... all of them in {target}")
+            say(f"  ... all of them in {target}")
     if results.get("unparseable"):
-        print(f"{results['unparseable']:.1%} of the completions are not in the format that was asked for")
+        say(f"{results['unparseable']:.1%} of the completions are not in the format that was asked for")
     if results.get("model"):
         silence = ", clips replaced by silence" if results["silence"] else ""
-        print(
-            f"model {results['model']}, prompt {results['prompt']}, decoding {results['decoding']}{silence}"
-        )
-    print(f"questions {results['data']}, SHA-256 {results['data_sha256']}")
-    print(f"results in {target}")
+        say(f"model {results['model']}, prompt {results['prompt']}, decoding {results['decoding']}{silence}")
+    say(f"questions {results['data']}, SHA-256 {results['data_sha256']}")
+    say(f"results in {target}")
 
 
 def score_file(path: str) -> None:
     """Score a file of predictions. What only the run that made it knew stays in its results.json."""
-    rows = read_rows(path)
-    results, digest = score(rows), sha256(path)
+    rows, digest = read_rows(path)
+    results = score(rows)
     if results["missing"] == len(rows):
         raise BadInput(f"{path}: no row has a prediction (key 'model_output' or 'model_prediction')")
-    target = os.path.join(os.path.dirname(path), "results.json")
+    name = os.path.splitext(os.path.basename(path))[0]
+    name = "results.json" if name == "predictions" else f"{name}.results.json"
+    target = os.path.join(os.path.dirname(path), name)
     known = read_json(target)
     if known.get("predictions_sha256") != digest:
         known = {"data": path, "data_sha256": digest}
@@ -266,13 +219,19 @@ def read_marks(path: str) -> dict[str, tuple[dict, bool | None]]:
     keys = ("id", "audio", "audio_path", "audio_id", "video_name", "question", "question_text", "choices")
     keys += ("multi_choice", "answer")
     marks = {}
-    for row, location in read_rows(path):
+    rows, _ = read_rows(path)
+    for row, location in rows:
         mark, question = judge(row, location), json.dumps([row.get(key) for key in keys])
         if question in marks:
             raise BadInput(
-                f"{location}: the same question as in a row before it: their answers cannot be told apart"
+                f"{location}: the same question as in a row before it, so answers cannot be paired"
             )
         marks[question] = row, mark
+    missing = sum(prediction_of(row) is None for row, _ in rows)
+    if missing == len(rows):
+        raise BadInput(f"{path}: no row has a prediction (key 'model_output' or 'model_prediction')")
+    if missing:
+        say(f"{path}: {missing} rows have no prediction and count as wrong")
     return marks
 
 
@@ -294,12 +253,10 @@ def compare(paths: list[str]) -> None:
         first, second = (100 * sum(pair[i] for pair in pairs) / len(pairs) for i in (0, 1))
         d, low, high, p = paired_difference(pairs)
         interval = f"{100 * low:+6.1f} to {100 * high:+6.1f}"
-        print(
-            f"{name:<20} {first:6.1f} {second:6.1f}  {100 * d:+6.1f}   {interval}   {p:8.2g}   {len(pairs)}"
-        )
+        say(f"{name:<20} {first:6.1f} {second:6.1f}  {100 * d:+6.1f}   {interval}   {p:8.2g}   {len(pairs)}")
 
-    print(f"first: {paths[0]}\nsecond: {paths[1]}")
-    print(f"{'accuracy in %':<20}  first second  second-first  95 % interval   McNemar p   rows")
+    say(f"first: {paths[0]}\nsecond: {paths[1]}")
+    say(f"{'accuracy in %':<20}  first second  second-first  95 % interval   McNemar p   rows")
     line("overall", [pair for pair in pairs if pair])
     for name, part in by_group(rows, pairs)["task"].items():
         line(f"  {name}", part)
@@ -308,38 +265,51 @@ def compare(paths: list[str]) -> None:
 # ---------------------------------------------------------------- runs
 
 
-def evaluate(config: Config, accelerator, examples: list[Example], path: str, folder: str) -> None:
-    """Answer and score the questions with the model at `path`; writes predictions.json and results.json."""
-    prompt = prompt_style(config, path)
+def evaluate(config: Config, accelerator, examples: list[Example], digest: str, path: str, folder: str):
+    """Answer and score the questions with the model at `path`; writes predictions.json and results.json.
+
+    Answers are kept as they come, and a second call goes on from there.
+    """
+    began, is_main = time.perf_counter(), accelerator.is_main_process
+    prompt, target = prompt_style(config, path), os.path.join(folder, "predictions.json")
+    lock = lock_folder(folder) if is_main else None  # noqa: F841, held to the end
+    accelerator.wait_for_everyone()
     model, processor = load_model(path)
+    how = settings(config, prompt, digest) | {"model": path, "weights_hash": weights_hash(model)}
+    how |= {"batch_size": config.batch_size}
+    limits = config.max_new_tokens, config.decoding, config.silence
+    answered = earlier_answers(folder, how)
+    accelerator.wait_for_everyone()  # until all have read them
     model.to(accelerator.device).eval()
-    if accelerator.is_main_process:
-        make_folder(folder)
-    set_seed(config.seed, device_specific=True)  # for --decoding model
-    began = time.perf_counter()
-    # every process answers each n-th question; pairs with their indices come back
-    mine = range(accelerator.process_index, len(examples), accelerator.num_processes)
-    how = prompt, config.batch_size, config.max_new_tokens, config.decoding, config.silence
-    part, bar = [examples[i] for i in mine], accelerator.is_main_process
-    answered = predict(model, processor, part, *how, bar)
-    answered = dict(gather_object(list(zip(mine, answered))))
-    predictions = [answered[i] for i in range(len(examples))]
-    if accelerator.is_main_process:
+    starts = range(0, len(examples), config.batch_size)
+    batches = [range(len(examples))[i : i + config.batch_size] for i in starts]
+    left = [batch for batch in batches if not answered.keys() >= set(batch)]
+    with open(os.path.join(folder, f"answers-{accelerator.process_index}.jsonl"), "a") as file:
+        file.write("\n" + json.dumps(how) + "\n")  # a killed call may have left half a line
+        for batch in tqdm(left[accelerator.process_index :: accelerator.num_processes], disable=not is_main):
+            set_seed(config.seed + batch[0])  # for --decoding model
+            part = [examples[i] for i in batch]
+            predictions = predict(model, processor, part, prompt, *limits)
+            answered |= zip(batch, predictions)
+            file.write("".join(json.dumps([i, *answered[i]]) + "\n" for i in batch))
+            file.flush()
+    answered = dict(gather_object(list(answered.items())))
+    if is_main:
+        predictions = [answered[i] for i in range(len(examples))]
         rows = []
         for example, (completion, *_) in zip(examples, predictions):
             answer = extract_answer(completion, prompt)
             # both keys that the benchmark's own script has used
             answers = {"model_output": answer, "model_prediction": answer}
             rows.append(example.row | answers | {"completion": completion})
-        target = os.path.join(folder, "predictions.json")
         write_json(target, rows)
         packages = torch, transformers, accelerate
-        results = score([(row, example.location) for row, example in zip(rows, examples)]) | {
+        located = [(row, example.location, bool(example.problem)) for row, example in zip(rows, examples)]
+        results = score(located) | {
             "unparseable": sum(format_reward(p.completion, prompt) == 0 for p in predictions) / len(rows),
             "over_length": sum(p.cut for p in predictions),
             "unreadable": [p.error for p in predictions if p.error],
-            "model": path,
-            **settings(config, prompt),
+            **how,
             "data": config.data,
             "predictions_sha256": sha256(target),
             "processes": accelerator.num_processes,
@@ -347,19 +317,39 @@ def evaluate(config: Config, accelerator, examples: list[Example], path: str, fo
             "versions": {package.__name__: package.__version__ for package in packages},
         }
         write_json(os.path.join(folder, "results.json"), results)
+        for file in answer_files(folder):
+            os.remove(file)
         show(results, os.path.join(folder, "results.json"))
     accelerator.wait_for_everyone()
 
 
-def settings(config: Config, prompt: str) -> dict:
+def earlier_answers(folder: str, how: dict) -> dict[int, Prediction]:
+    """Answers, by index of the question, of an evaluation that did not finish. Refuses those of another."""
+    answered = {}
+    for path in answer_files(folder):
+        with open(path) as file:
+            for line in file:
+                with suppress(ValueError):  # half a line
+                    value = json.loads(line)
+                    if isinstance(value, list):
+                        answered[value[0]] = Prediction(*value[1:])
+                    elif changed := [name for name in how if value.get(name) != how[name]]:
+                        ways = "remove it, or name another --output"
+                        raise BadInput(f"{path}: answers made with another {', '.join(changed)}; {ways}")
+    return answered
+
+
+def answer_files(folder: str) -> list[str]:
+    return glob.glob(os.path.join(glob.escape(folder), "answers-*.jsonl"))
+
+
+def settings(config: Config, prompt: str, digest: str) -> dict:
     """What makes two results comparable."""
-    same = {
-        name: getattr(config, name) for name in ("decoding", "silence", "max_new_tokens", "limit", "seed")
-    }
-    return {"prompt": prompt, **same, "data_sha256": sha256(config.data)}
+    same = ("decoding", "silence", "max_new_tokens", "limit", "seed")
+    return {"prompt": prompt, **{name: getattr(config, name) for name in same}, "data_sha256": digest}
 
 
-def evaluate_checkpoints(config: Config, accelerator: Accelerator, examples: list[Example]) -> None:
+def evaluate_checkpoints(config: Config, accelerator, examples: list[Example], digest: str) -> None:
     """Evaluate each complete checkpoint of a run that has no results yet, then show the curve."""
     pattern = os.path.join(glob.escape(config.checkpoints), "checkpoint-*")
     paths = {os.path.dirname(path) for name in LOADABLE for path in glob.glob(os.path.join(pattern, name))}
@@ -374,14 +364,14 @@ def evaluate_checkpoints(config: Config, accelerator: Accelerator, examples: lis
 
     curve = read_curve()
     for step, done in curve.items():
-        wanted = settings(config, prompt_style(config, paths[step]))
+        wanted = settings(config, prompt_style(config, paths[step]), digest)
         if other := [name for name in wanted if done and done.get(name) != wanted[name]]:
             raise BadInput(f"{folders[step]}: made with another {', '.join(other)}; name another --output")
     accelerator.wait_for_everyone()  # until all have seen what there is
     for step, done in curve.items():
         if not done:
             accelerator.print(f"checkpoint-{step}")
-            evaluate(config, accelerator, examples, paths[step], folders[step])
+            evaluate(config, accelerator, examples, digest, paths[step], folders[step])
     if accelerator.is_main_process:
         show_curve(read_curve())
 
@@ -393,28 +383,31 @@ def show_curve(curve: dict[int, dict]) -> None:
     best = max(curve, key=lambda step: curve[step]["accuracy"])
     left = min(results["interval"][0] for results in curve.values())
     width = max(results["interval"][1] for results in curve.values()) - left
-    print(f"\n{'step':>6} accuracy   95 % interval")
+    say(f"\n{'step':>6} accuracy   95 % interval")
     for step, results in curve.items():
         low, high = results["interval"]
         a, o, z = (round(50 * (x - left) / width) for x in (low, results["accuracy"], high))
         bar = " " * a + "-" * (o - a) + "o" + "-" * (z - o) + " <- best" * (step == best)
-        print(f"{step:>6} {results['accuracy']:8.1%}   {100 * low:5.1f} to {100 * high:5.1f}  {bar}")
-    print("the best is chosen on the questions that score it, so it is optimistic: report the whole curve")
+        say(f"{step:>6} {results['accuracy']:8.1%}   {100 * low:5.1f} to {100 * high:5.1f}  {bar}")
+    say("the best is chosen on the questions that score it, so it is optimistic: report the whole curve")
 
 
 def ask(config: Config) -> None:
     """One question about one's own clip, answered on the terminal."""
     row = {"audio": config.ask, "question": config.question, "choices": config.choices}
-    example = to_example(row, "--ask", "")
-    wave = load_audio(example.audio)  # before the model is loaded
+    with blame("--ask"):
+        example = to_example(row, "--ask", "")
+        load_audio(example.audio)  # before the model is loaded
     prompt = prompt_style(config, config.model)
     model, processor = load_model(config.model)
     model.to(Accelerator().device).eval()
-    how = prompt, 1, config.max_new_tokens, config.decoding, config.silence
+    how = prompt, config.max_new_tokens, config.decoding, config.silence
     (prediction,) = predict(model, processor, [example], *how)
-    print(prediction.completion)
-    if is_cut(processor, wave):
-        print(f"(only the first {processor.feature_extractor.chunk_length} s were used)")
+    if prediction.error:
+        raise BadInput(prediction.error)
+    say(prediction.completion)
+    if prediction.cut:
+        say(f"(only the first {processor.feature_extractor.chunk_length} s were used)")
 
 
 def main() -> None:
@@ -435,16 +428,17 @@ def main() -> None:
         if not config.data:
             raise BadInput("--data is missing: the file of questions")
         check_at_least(config, batch_size=1, limit=0, seed=0)
-        examples = load_examples(config.data, config.audio_dir, need_answers=False)[: config.limit or None]
+        examples, digest = load_examples(config.data, config.audio_dir, for_training=False)
+        examples = examples[: config.limit or None]
         check_audio(examples, skip=True)
         output, accelerator = config.output or "runs/eval", Accelerator()
         if config.checkpoints:
-            evaluate_checkpoints(config, accelerator, examples)
-        elif os.path.exists(target := os.path.join(output, "predictions.json")):
+            evaluate_checkpoints(config, accelerator, examples, digest)
+        elif os.path.exists(target := os.path.join(output, "predictions.json")) and not answer_files(output):
             raise BadInput(f"{target}: already there; remove it or name another --output")
         else:
             accelerator.wait_for_everyone()  # until all have seen that
-            evaluate(config, accelerator, examples, config.model, output)
+            evaluate(config, accelerator, examples, digest, config.model, output)
         accelerator.end_training()
 
 

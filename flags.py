@@ -2,26 +2,38 @@
 
 import argparse
 import inspect
+import math
 import os
 import sys
+from dataclasses import dataclass
 
 import torch
 from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 
-from data import BadInput
+from data import PROMPTS, BadInput, printable
+from model import DEFAULT_MODEL
 
 
 def run_main(main) -> None:
     """Call a script's main(); bad input becomes one line and exit status 1."""
+    for stream in (sys.stdout, sys.stderr):  # whose encoding may lack a character of the data
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     if not torch.cuda.is_available() and torch.get_num_threads() == 1:  # accelerate launch sets one thread
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     try:
         main()
-    except BadInput as error:
-        sys.exit(f"error: {error}")
+    except (BadInput, OSError) as error:
+        sys.exit("error: " + printable(str(error)).replace("\n", "\\n"))
     except torch.OutOfMemoryError as error:
         flags = "--gradient_checkpointing, --micro_batch, --batch_size, --max_new_tokens, --lora_rank"
         sys.exit(f"error: the GPU's memory is full ({str(error).split('. ')[0]}); flags that help: {flags}")
+
+
+def say(text: str = "") -> None:
+    """Print text that may come from data or a model."""
+    print(printable(text))
 
 
 def run_command(description: str, *functions) -> None:
@@ -58,6 +70,9 @@ def parse(config_class, description: str, argv: list[str] | None = None):
     config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         raise BadInput(f"unknown flag or value: {' '.join(unknown)} (--help lists the flags)")
+    for name, value in vars(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise BadInput(f"--{name} must be a finite number, not {value}")
     return config
 
 
@@ -71,3 +86,64 @@ def check_at_least(config, **bounds) -> None:
     for name, least in bounds.items():
         if getattr(config, name) < least:
             raise BadInput(f"--{name} must be at least {least}, not {getattr(config, name)}")
+
+
+# ---------------------------------------------------------------- settings of any training
+
+
+@dataclass
+class TrainConfig:
+    """What both kinds of training have in common."""
+
+    model: str = HfArg(default=DEFAULT_MODEL, help="hub name or folder of a Qwen2-Audio model")
+    data: str = HfArg(default="", help="training questions: JSON or JSON Lines, see README")
+    audio_dir: str = HfArg(default="", help="folder of the clips; empty: beside the questions")
+    skip_bad_audio: bool = HfArg(
+        default=False, help="skip clips that cannot be read and count them; else stop"
+    )
+    eval_data: str = HfArg(default="", help="questions to measure accuracy on while training; empty: none")
+    eval_every: int = HfArg(default=100, help="steps between two such measurements")
+    output: str = HfArg(default="runs/train", help="folder for metrics, checkpoints and the final model")
+    prompt: str = HfArg(default="answer", help="plain, answer or think: prompt, format reward and extraction")
+    max_new_tokens: int = HfArg(default=256, help="a completion without an end by then is cut and counted")
+    prompts_per_step: int = HfArg(default=16, help="prompts per step, all processes together")
+    micro_batch: int = HfArg(default=1, help="prompts in one forward of one process; results stay the same")
+    lr: float = HfArg(default=1e-6, help="AdamW's learning rate at the start, decaying linearly to 0")
+    max_steps: int = HfArg(default=1000, help="steps of prompts_per_step prompts")
+    resume: bool = HfArg(default=False, help="go on from the newest checkpoint in --output")
+    save_every: int = HfArg(
+        default=100, help="steps between checkpoints, and between groups that are printed"
+    )
+    keep_states: int = HfArg(
+        default=1, help="newest checkpoints that stay resumable; of others the model stays"
+    )
+    seed: int = HfArg(default=42, help="seeds data order, sampling, new adapters and their dropout")
+    freeze_audio_encoder: bool = HfArg(default=False, help="train the language model and the projector only")
+    lora_rank: int = HfArg(default=0, help="train adapters of this rank (LoRA); 0: train the weights")
+    lora_alpha: float = HfArg(default=32.0, help="the adapters' output is multiplied by alpha / rank")
+    lora_dropout: float = HfArg(
+        default=0.0, help="before the adapters; then the sampler is not quite the policy"
+    )
+    lora_target: str = HfArg(default="language", help="layers: language, all (the encoder's too), or a regex")
+    merge: bool = HfArg(default=False, help="LoRA: also write the merged final model, to merged in --output")
+    gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, more time")
+    log_with: str = HfArg(default="", help="tensorboard or wandb, beside metrics.jsonl")
+
+
+def check_settings(config: TrainConfig, processes: int) -> None:
+    """Raise BadInput for settings that no training can have."""
+    if config.prompt not in PROMPTS:
+        raise BadInput(f"--prompt {config.prompt}: unknown, choose one of {', '.join(PROMPTS)}")
+    if not config.data:
+        raise BadInput("--data is missing: the file of training questions")
+    check_at_least(config, prompts_per_step=1, micro_batch=1, save_every=1, eval_every=1, max_new_tokens=1)
+    check_at_least(config, lr=0, seed=0, lora_rank=0, lora_alpha=0, keep_states=1)
+    if not 0 <= config.lora_dropout < 1:
+        raise BadInput(f"--lora_dropout must be from 0 to below 1, not {config.lora_dropout}")
+    if config.merge and not config.lora_rank:
+        raise BadInput("--merge is for LoRA, and --lora_rank is 0: there are no adapters to merge")
+    if config.freeze_audio_encoder and config.lora_rank and config.lora_target != "language":
+        raise BadInput("--freeze_audio_encoder is for training without LoRA; see --lora_target")
+    if config.prompts_per_step % (processes * config.micro_batch):
+        share = f"{processes} process(es) x --micro_batch {config.micro_batch}"
+        raise BadInput(f"--prompts_per_step {config.prompts_per_step} is not a multiple of {share}")

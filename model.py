@@ -4,15 +4,17 @@ The completions o_1..o_G of a group share audio and prompt. `sample` and `shared
 once per group; `repeated_logps` is the plain, slow way, gives the same numbers, and serves the tests.
 """
 
+import hashlib
 import json
 import os
 import re
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoProcessor, DynamicCache, Qwen2AudioForConditionalGeneration
 
@@ -21,32 +23,94 @@ from data import BadInput
 DEFAULT_MODEL = "Qwen/Qwen2-Audio-7B-Instruct"
 # a folder with one of these is a model, or LoRA adapters of one
 LOADABLE = ("config.json", "adapter_config.json")
+NO_CODE = {"trust_remote_code": False}  # a model is data: nothing that it brings along is run
 
 
 def load_model(path: str, dtype="auto"):
-    """A model, known by its config and not by its name, and its processor; adapters come with their base."""
-    if base := base_of_adapter(path):
-        from peft import PeftModel
+    """A model, known by its config and not by its name, and its processor; adapters come with their base.
 
+    It is exactly what was saved: every weight found, finite and used, the tokenizer whole. Else BadInput.
+    """
+    if base := base_of_adapter(path):
         model, processor = load_model(base, dtype)
-        try:
-            PeftModel.from_pretrained(model, path)  # which puts the adapters into `model` itself
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise BadInput(f"{path}: cannot load the adapters ({reason})") from None
+        with loading(path):
+            add_saved_adapters(model, path)
         return model, processor
-    try:
-        kind = AutoConfig.from_pretrained(path).model_type
+    with loading(path):
+        kind = AutoConfig.from_pretrained(path, **NO_CODE).model_type
         if kind != "qwen2_audio":
-            raise BadInput(f"{path}: is a {kind} model, and only qwen2_audio is supported")
-        processor = AutoProcessor.from_pretrained(path)
+            raise BadInput(f"is a {kind} model, and only qwen2_audio is supported")
+        processor = load_processor(path)
         # sdpa takes the masks of shared_prompt_logps; eager attention would read them wrongly
-        settings = dict(dtype=dtype, attn_implementation="sdpa")
-        model = Qwen2AudioForConditionalGeneration.from_pretrained(path, **settings)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise BadInput(f"{path}: cannot load the model ({str(error).strip().splitlines()[0]})") from None
-    processor.tokenizer.padding_side = "left"  # for sampling, whatever the hub's tokenizer config says
+        model, report = Qwen2AudioForConditionalGeneration.from_pretrained(
+            path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **NO_CODE
+        )
+        for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if names := sorted(map(str, report[what])):
+                raise BadInput(
+                    f"its weights do not fit: {len(names)} {what.replace('_', ' ')}, first {names[0]}"
+                )
+        check_finite_weights(model.named_parameters())
+        check_tokenizer(processor, model)
     return model, processor
+
+
+def load_processor(path: str):
+    """A model's processor: its tokenizer, feature extractor and chat template."""
+    with loading(path):
+        processor = AutoProcessor.from_pretrained(path, **NO_CODE)
+    processor.tokenizer.padding_side = "left"  # for sampling, whatever the hub's tokenizer config says
+    return processor
+
+
+@contextmanager
+def loading(path: str):
+    """Whatever goes wrong inside is said as one line about this model."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BadInput(f"{path}: cannot load the model ({reason})") from None
+
+
+def check_tokenizer(processor, model) -> None:
+    """Raise BadInput for a tokenizer that cannot spell, or whose tokens are not the model's."""
+    tokenizer, rows = processor.tokenizer, model.get_input_embeddings().weight.shape[0]
+    text = "Which one barks? <answer>the dog</answer>"
+    if tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True).strip() != text:
+        raise BadInput(f"its tokenizer, of {len(tokenizer)} tokens, cannot spell; is a file missing?")
+    if len(tokenizer) > rows:
+        raise BadInput(f"its tokenizer has {len(tokenizer)} tokens, and the model {rows} embeddings")
+    if processor.audio_token_id != model.config.audio_token_id:
+        ids = f"{processor.audio_token_id} to the processor and {model.config.audio_token_id} to the model"
+        raise BadInput(f"the audio placeholder is token {ids}, which would answer without hearing")
+
+
+def check_finite_weights(named_weights) -> None:
+    """Raise BadInput for (name, tensor) pairs of which one holds nan or inf."""
+    if name := next((name for name, weight in named_weights if not weight.isfinite().all()), None):
+        raise BadInput(f"{name} has values that are not finite numbers")
+
+
+def weights_hash(model) -> str:
+    """What the weights are, in a few digits: the same for the same values of the same type, on any device."""
+    hashes = [
+        (name, torch.hash_tensor(p.detach()).view(torch.int64).item()) for name, p in model.named_parameters()
+    ]
+    return hashlib.sha256(repr(hashes).encode()).hexdigest()[:16]
+
+
+def add_saved_adapters(model, path: str):
+    """Put saved adapters into their base; returns peft's view. Refuses names that do not fit."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    adapters = PeftModel.from_pretrained(model, path)
+    with safe_open(os.path.join(path, "adapter_model.safetensors"), "pt") as file:
+        saved = set(file.keys())
+    if wrong := sorted(saved ^ get_peft_model_state_dict(adapters).keys()):
+        raise BadInput(f"{len(wrong)} adapters do not fit the base, first {wrong[0]}")
+    check_finite_weights((name, p) for name, p in model.named_parameters() if "lora_" in name)
+    return adapters
 
 
 def base_of_adapter(path: str) -> str | None:
@@ -142,6 +206,10 @@ def embed_prompt(model, inputs: dict) -> torch.Tensor:
     audio = audio[torch.arange(audio.shape[1], device=audio.device) < pooled[:, None]]  # (placeholders, D)
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     placeholder = inputs["input_ids"] == model.config.audio_token_id
+    if placeholder.sum() != len(audio):
+        raise BadInput(
+            f"the prompts have {placeholder.sum()} audio placeholders for {len(audio)} of the encoder"
+        )
     return embeds.masked_scatter(placeholder[..., None], audio.to(embeds.dtype))
 
 
@@ -175,9 +243,8 @@ def draw(logits: torch.Tensor, u: torch.Tensor, temperature: float) -> torch.Ten
     # fp64, because fp32 sums of 156,000 terms err; mps has no fp64
     dtype = torch.float32 if logits.device.type == "mps" else torch.float64
     cdf = torch.softmax(logits / temperature, dim=-1, dtype=dtype).cumsum(-1)
-    return torch.searchsorted(cdf, u[..., None] * cdf[..., -1:])[
-        ..., 0
-    ]  # scaled: the cdf does not end at exactly 1
+    u = u[..., None] * cdf[..., -1:]  # scaled: the cdf does not end at exactly 1
+    return torch.searchsorted(cdf, u)[..., 0].clamp_max(logits.shape[-1] - 1)  # where logits are nan
 
 
 class SamplingCache(DynamicCache):
@@ -187,6 +254,10 @@ class SamplingCache(DynamicCache):
         return super().update(keys.to(values.dtype), values, *args, **kwargs)
 
 
+class NotFinite(Exception):
+    """Logits of a prompt are nan or inf; holds its row in the batch."""
+
+
 @torch.no_grad()
 def sample(model, inputs: dict, eos_ids: list[int], max_new_tokens: int, temperature=1.0, noise=None):
     """Completions of B prompts: ids (B, G, T), mask (B, G, T) True up to and including the first EOS.
@@ -194,6 +265,7 @@ def sample(model, inputs: dict, eos_ids: list[int], max_new_tokens: int, tempera
     noise (B, G, max_new_tokens): a uniform number in (0, 1] for each token, so that a sample depends on its
     own numbers alone and not on batch or process; None: greedy, G = 1.
     The KV cache holds a prompt once: its G completions are decoded in one row, each blind to the others.
+    Raises NotFinite, with the prompt's row, if logits are not finite.
     """
     prompt_mask = inputs["attention_mask"]
     B, G = len(prompt_mask), 1 if noise is None else noise.shape[1]
@@ -208,16 +280,20 @@ def sample(model, inputs: dict, eos_ids: list[int], max_new_tokens: int, tempera
     own = torch.eye(G, dtype=torch.bool, device=visible.device).expand(B, 1, G, G)
     first_position = prompt_mask.sum(1, keepdim=True).expand(-1, G)  # (B, G)
     done, tokens = torch.zeros_like(first_position, dtype=torch.bool), []
+    finite = torch.ones(B, dtype=torch.bool, device=eos.device)
     while True:
         logits = model.lm_head(hidden).float()  # (B, G, V)
         token = logits.argmax(-1) if noise is None else draw(logits, noise[..., len(tokens)], temperature)
         tokens.append(token)
+        finite &= logits.isfinite().flatten(1).all(1)
         done |= torch.isin(token, eos)
         if len(tokens) == max_new_tokens or done.all():
             break
         visible = torch.cat([visible, own], -1)
         embeds, position = model.get_input_embeddings()(token), first_position + len(tokens) - 1
         hidden = lm(inputs_embeds=embeds, attention_mask=visible, position_ids=position).last_hidden_state
+    if not finite.all():
+        raise NotFinite(int(finite.long().argmin()))
     ids = torch.stack(tokens, -1)  # (B, G, T)
     return ids, completion_mask(ids, eos_ids)
 

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from data import BadInput, Example, check_answer, load_audio, open_audio, read_rows, to_example, write_rows
-from flags import run_command
+from data import BadInput, Example, blame, check_answer, check_prompt, load_audio, open_audio, read_rows
+from data import to_example, write_rows
+from flags import run_command, say
+from model import load_processor
 
 
 @dataclass
@@ -28,7 +30,7 @@ class Finding:
     problem: str = ""  # why it cannot be used, with file and row
 
 
-def examine(path: str, audio_dir: str, decode: bool = False) -> Iterator[Finding]:
+def examine(path: str, audio_dir: str, decode: bool = False, processor=None) -> Iterator[Finding]:
     """Every row of a file with its clip: the header, or with `decode` all of it. A bad row raises nothing."""
     if audio_dir and not os.path.isdir(audio_dir):
         raise BadInput(f"--audio_dir {audio_dir}: no such folder")
@@ -37,18 +39,21 @@ def examine(path: str, audio_dir: str, decode: bool = False) -> Iterator[Finding
     def look(item):
         finding = Finding(item[0])
         try:
-            finding.example = to_example(*item, folder)
-            if finding.example.answer is not None:
-                check_answer(finding.example)
-            with open_audio(finding.example.audio) as file:
-                finding.sound = file.frames / file.samplerate, file.samplerate, file.channels
-            if decode:
-                load_audio(finding.example.audio)
+            with blame(item[1]):
+                finding.example = to_example(*item, folder)
+                if finding.example.answer is not None:
+                    check_answer(finding.example)
+                if processor:
+                    check_prompt(processor, finding.example, "think")  # the longest
+                with open_audio(finding.example.audio) as file:
+                    finding.sound = file.frames / file.samplerate, file.samplerate, file.channels
+                if decode:
+                    load_audio(finding.example.audio)
         except BadInput as error:
-            finding.problem = str(error) if str(error).startswith(item[1]) else f"{item[1]}: {error}"
+            finding.problem = str(error)
         return finding
 
-    rows = read_rows(path)
+    rows, _ = read_rows(path)
     with ThreadPoolExecutor() as pool:  # most of the time is waiting for the disk
         yield from tqdm(pool.map(look, rows), total=len(rows), desc="checking", disable=None)
 
@@ -88,17 +93,18 @@ def avqa(questions: str, *, audio_dir: str, output: str) -> None:
         write_rows(left_out, lost)
     write_rows(output, kept)
     counts = f"{len(kept)} found, {missing} without a clip, {len(lost) - missing} unusable"
-    print(f"{len(kept) + len(lost)} questions: {counts}")
-    print(f"rows in {output}" + (f"; the others, each with its reason, in {left_out}" if lost else ""))
+    say(f"{len(kept) + len(lost)} questions: {counts}")
+    say(f"rows in {output}" + (f"; the others, each with its reason, in {left_out}" if lost else ""))
 
 
-def check(file: str, *, audio_dir: str = "", decode: bool = False) -> None:
+def check(file: str, *, model: str = "", audio_dir: str = "", decode: bool = False) -> None:
     """Print all that is wrong with a file of questions, then what is in it. Exit status 1: a row is unusable.
 
-    file: for training or a benchmark. audio_dir: folder of the clips; empty: beside the questions. decode:
-    read every clip whole, not its header only.
+    file: for training or a benchmark. model: whose tokenizer measures the questions; empty: none. audio_dir:
+    folder of the clips; empty: beside the questions. decode: read every clip whole, not its header only.
     """
-    findings = list(examine(file, audio_dir, decode))
+    processor = load_processor(model) if model else None
+    findings = list(examine(file, audio_dir, decode, processor))
     examples = [finding.example for finding in findings if finding.example]
     sounds = [finding.sound for finding in findings if finding.sound]
     unusable = [finding.problem for finding in findings if finding.problem]
@@ -115,27 +121,27 @@ def check(file: str, *, audio_dir: str = "", decode: bool = False) -> None:
         if len(set(e.choices)) < len(e.choices)
     ]
     for problem in unusable:
-        print(f"unusable: {problem}")
+        say(f"unusable: {problem}")
     for problem in odd:
-        print(f"odd: {problem}")
+        say(f"odd: {problem}")
 
     def count(values):
         return ", ".join(f"{value}: {n}" for value, n in sorted(Counter(values).items()))
 
-    print(f"{file}: {len(findings)} rows, {len(unusable)} of them unusable, {len(odd)} remarks")
+    say(f"{file}: {len(findings)} rows, {len(unusable)} of them unusable, {len(odd)} remarks")
     if sounds:
         seconds = np.array([sound[0] for sound in sounds])
         longest = f"median {np.median(seconds):.1f}, longest {seconds.max():.1f}"
         shortest, long = f"shortest {seconds.min():.1f} s", f"{(seconds > 30).sum()} pass 30 s"
-        print(f"clips: {seconds.sum() / 3600:.2f} h; {shortest}, {longest}; {long}")
-        print(f"Hz: {count(sound[1] for sound in sounds)}")
-        print(f"channels: {count(sound[2] for sound in sounds)}")
-    print(f"options: {count(len(example.choices) for example in examples)}")
+        say(f"clips: {seconds.sum() / 3600:.2f} h; {shortest}, {longest}; {long}")
+        say(f"Hz: {count(sound[1] for sound in sounds)}")
+        say(f"channels: {count(sound[2] for sound in sounds)}")
+    say(f"options: {count(len(example.choices) for example in examples)}")
     for key in ("task", "modality", "question_type"):
         if any(key in example.row for example in examples):
-            print(f"{key}: {count(str(example.row.get(key)) for example in examples)}")
+            say(f"{key}: {count(str(example.row.get(key)) for example in examples)}")
     if unanswered := sum(example.answer is None for example in examples):
-        print(f"no answer: {unanswered} rows, which can be predicted and not trained on")
+        say(f"no answer: {unanswered} rows, which can be predicted and not trained on")
     if unusable:
         sys.exit(1)
 

@@ -1,4 +1,4 @@
-"""Rewards and scoring: pure functions of text, and of what was right and wrong.
+"""Rewards and scoring: pure functions of text, of rows with predictions, and of what was right and wrong.
 
 The reward of a completion is accuracy + format, each 0 or 1 (R1-AQA, arXiv 2503.11197). Both compare text
 with text; nothing is parsed as mathematics, which would take "Woman 1" for "Man 1".
@@ -6,6 +6,9 @@ with text; nothing is parsed as mathematics, which would take "Woman 1" for "Man
 
 import math
 import re
+from collections import defaultdict
+
+from data import BadInput
 
 TEXT = r"\s*(?!\s)(?:(?!</?(?:think|answer)>).)+"  # not blank, and no tag in it
 FORMATS = {
@@ -48,6 +51,67 @@ def mmau_match(prediction: str, answer: str, choices: list[str]) -> bool:
 
 def words(text: str) -> set[str]:
     return set(re.findall(r"\b\w+\b", text.lower()))
+
+
+# ---------------------------------------------------------------- scoring rows
+
+# keys of MMAU and, the last, of MMAR
+GROUPS = ("task", "difficulty", "sub-category", "modality")
+
+
+def judge(row: object, location: str, is_bad: bool = False) -> bool | None:
+    """Whether a row's prediction is right by MMAU's rule; None where there is no answer to compare with."""
+    if is_bad:  # a row that cannot be read is wrong
+        return False
+    if not isinstance(row, dict):
+        raise BadInput(f"{location}: not a JSON object")
+    choices, answer = row.get("choices", row.get("multi_choice")), row.get("answer")
+    if not isinstance(choices, list):
+        raise BadInput(f"{location}: no list of options (key 'choices')")
+    if answer is None or answer == "":
+        return None
+    if "multi_choice" in row:  # AVQA's answers are indices
+        if not isinstance(answer, int) or answer not in range(len(choices)):
+            raise BadInput(
+                f"{location}: answer must be an index from 0 to {len(choices) - 1}, not {answer!r}"
+            )
+        answer = choices[answer]
+    return mmau_match(prediction_of(row) or "", str(answer), [str(choice) for choice in choices])
+
+
+def prediction_of(row: dict) -> str | None:
+    """A row's prediction under either key of the benchmark's script; None where there is none."""
+    values = [row[key] for key in ("model_output", "model_prediction") if row.get(key) is not None]
+    return str(values[0]) if values else None
+
+
+def tally(marks: list[bool]) -> dict:
+    """Accuracy with its interval; None for no marks."""
+    correct, total = sum(marks), len(marks)
+    accuracy, interval = (correct / total, wilson_interval(correct, total)) if total else (None, None)
+    return {"accuracy": accuracy, "interval": interval, "correct": correct, "total": total}
+
+
+def by_group(rows: list[dict], values: list) -> dict[str, dict[str, list]]:
+    """The values, one a row, sorted into {key: {value of that key: [...]}}; None is left out."""
+    groups = {key: defaultdict(list) for key in GROUPS}
+    for row, value in zip(rows, values, strict=True):
+        for key in GROUPS:
+            if value is not None and key in row:
+                groups[key][str(row[key])].append(value)
+    return {key: dict(sorted(group.items())) for key, group in groups.items()}
+
+
+def score(located: list[tuple]) -> dict:
+    """Accuracy of rows (with what `judge` takes), overall and by group; one without a prediction is wrong."""
+    marks, rows = [judge(*row) for row in located], [row for row, *_ in located]
+    groups = by_group(rows, marks).items()
+    return {
+        **tally([mark for mark in marks if mark is not None]),
+        "unanswered": marks.count(None),
+        "missing": sum(prediction_of(row) is None for row in rows),
+        "by": {key: {name: tally(part) for name, part in group.items()} for key, group in groups},
+    }
 
 
 # ---------------------------------------------------------------- how sure an accuracy is

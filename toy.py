@@ -32,9 +32,8 @@ from transformers import (
 )
 
 from checkpoints import read_metrics
-from data import PROMPTS, SAMPLE_RATE, BadInput, write_whole
-from flags import is_given, run_command
-from training import TrainConfig
+from data import PROMPTS, SAMPLE_RATE, BadInput, lock_folder, write_whole
+from flags import TrainConfig, is_given, run_command
 
 FOLDER = "runs/toy"
 SECONDS = 2
@@ -262,6 +261,7 @@ def run_script(name: str, flags: str) -> None:
 
 def make() -> None:
     """Make the toy anew: data, a random model, and its warm-up by train_sft.py."""
+    lock = lock_folder(FOLDER)
     for name in ("base", "init", "warmup", "train", "test", "grpo", "sft", "shifted", "compare"):
         shutil.rmtree(f"{FOLDER}/{name}", ignore_errors=True)
     make_data(FOLDER, "train", N_TRAIN, seed=1)
@@ -271,6 +271,7 @@ def make() -> None:
     run_script("train_sft.py", f"{files} {WARMUP}")
     os.rename(f"{FOLDER}/warmup", f"{FOLDER}/base")  # appears last, and only when it is whole
     shutil.rmtree(f"{FOLDER}/init")
+    del lock
 
 
 def toy_flags(method: str, config: TrainConfig) -> list[str]:
@@ -295,8 +296,10 @@ def toy_flags(method: str, config: TrainConfig) -> list[str]:
                 flush=True,
             )
             make()
-        if not config.resume and not is_given("--output"):
+        if os.path.isdir(output) and not config.resume and not is_given("--output"):
+            lock = lock_folder(output)
             shutil.rmtree(output, ignore_errors=True)
+            del lock
         print(f"train_{method}.py {flags} {' '.join(sys.argv[1:])}", flush=True)
     accelerator.wait_for_everyone()
     return flags.split()
@@ -381,7 +384,7 @@ def chart(
 
 def draw_curves(folder: str, target: str) -> None:
     """Draw a run of GRPO: accuracy on held-out questions and of its samples, KL to the reference."""
-    lines = read_metrics(folder)
+    lines, _ = read_metrics(folder)
     if not lines:
         raise BadInput(f"{folder}: holds no run; accelerate launch train_grpo.py makes one")
 

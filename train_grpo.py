@@ -10,7 +10,7 @@ One step, for each of `prompts_per_step` questions q with their audio:
     2. reward      r_i = accuracy + format,  A_i = (r_i - mean(r)) / (std(r) + 1e-4)
     3. reference   log pi_ref(o_i | q)                           for each token
     4. update      ratio = pi / pi_old,  kl = pi_ref / pi - log(pi_ref / pi) - 1
-                   L = - mean over i, over t of [min(ratio A_i, clip(ratio, 1 - eps, 1 + eps) A_i) - beta kl]
+                   L = - mean_i mean_t [min(ratio A_i, clip(ratio, 1 - eps, 1 + eps) A_i) - beta kl]
 """
 
 import sys
@@ -22,9 +22,9 @@ from transformers.hf_argparser import HfArg
 
 from data import BadInput, Batch, decode, select_rows
 from evaluate import held_out_accuracy
-from flags import check_at_least, is_given, parse, run_main
+from flags import TrainConfig, check_at_least, is_given, parse, run_main
 from rewards import accuracy_reward, format_reward
-from training import Run, TrainConfig, accumulate, finish, generate, log, optimizer_step, policy_logps
+from training import Run, accumulate, finish, generate, log, optimizer_step, policy_logps
 from training import reference_logps, setup, steps
 
 
@@ -56,7 +56,7 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, mask, epsilon: float, bet
     ratio, A = torch.exp(logps - old_logps), advantages[..., None]
     unclipped, clipped = ratio * A, ratio.clamp(1 - epsilon, 1 + epsilon) * A
     log_ref_ratio = torch.zeros_like(logps) if ref_logps is None else ref_logps - logps  # log(pi_ref / pi)
-    kl = torch.exp(log_ref_ratio) - log_ref_ratio - 1  # the k3 estimator
+    kl = torch.exp(log_ref_ratio) - log_ref_ratio - 1  # the k3 estimator of KL(pi || pi_ref)
     loss = -completion_mean(torch.min(unclipped, clipped) - beta * kl, mask)
     return loss, completion_mean(kl.detach(), mask), completion_mean((clipped < unclipped).float(), mask)
 
@@ -68,7 +68,7 @@ def train(config: Config) -> None:
     run = setup(config, config.temperature, with_reference=config.beta > 0)
     # besides the batch, steps() sees to evaluation, learning rate, checkpoints and signals
     for step, batch in steps(run, held_out_accuracy):
-        # 1. sample a group of completions for each prompt
+        # 1. sample G completions for each of this process's B prompts; mask: True through the first EOS
         ids, mask = generate(run, batch, config.group_size, config.temperature)  # (B, G, T)
         texts = decode(run.processor, run.eos_ids, ids, mask)  # [B][G]
 
@@ -80,10 +80,11 @@ def train(config: Config) -> None:
         rewards = accuracy + formats
         advantages = group_advantages(rewards).to(ids.device)
 
-        # 3. log-probs under the reference, (micro_batch, G, T) for each micro-batch; None if beta is 0
+        # 3. log-probs under the reference: a list of (micro_batch, G, T), or of None where beta is 0
         ref_logps = reference_logps(run, batch, ids, mask)
 
-        # 4. update the policy; before the first update it is pi_old, so its log-probs are old_logps
+        # 4. update the policy; until the first update pi is pi_old, so its log-probs serve as old_logps:
+        # the ratio is then 1, with the gradient of log pi
         old_logps, results = [], []
         for iteration in range(config.num_iterations):
             for i, rows in enumerate(run.micro_batches):
@@ -98,13 +99,13 @@ def train(config: Config) -> None:
                     # gradients are averaged over micro-batches here, over processes by DDP or FSDP2
                     run.accelerator.backward(loss / len(run.micro_batches))
                 results.append(torch.stack([loss.detach(), kl, clip_fraction]))
-            # refuses results of this iteration, and gradients, that are not finite
+            # clips the gradient to norm 1, updates, clears it; refuses results and gradients not finite
             grad_norm = optimizer_step(run, step, batch, results[-len(run.micro_batches) :])
 
         metrics = group_metrics(run, texts, ids, mask, accuracy, formats, rewards) | {"grad_norm": grad_norm}
         metrics |= zip(("loss", "kl", "clip_fraction"), torch.stack(results).mean(0).tolist())
-        log(run, step, metrics, shown=("reward", "reward_accuracy", "kl"))
-        if step % config.save_every == 0:
+        log(run, metrics, shown=("reward", "reward_accuracy", "kl"))
+        if step % config.save_every == 0:  # also the interval of printing
             show_group(run, step, batch, texts, rewards, advantages)
     finish(run, held_out_accuracy)
 
@@ -118,7 +119,7 @@ def group_metrics(run: Run, texts: list[list[str]], ids, mask, accuracy, formats
         "reward_accuracy": accuracy.mean(),
         "reward_format": formats.mean(),
         "reward_std": reward_std.mean(),
-        "zero_std_groups": (reward_std == 0).float().mean(),  # these teach nothing
+        "zero_std_groups": (reward_std == 0).float().mean(),  # advantage 0: only the KL acts on these
         "completion_tokens": lengths.mean(),
         "truncated": (~has_ended).float().mean(),
         "unique_completions": sum(len(set(group)) for group in texts) / len(texts),  # a group, 1 to G

@@ -17,8 +17,8 @@ from transformers.hf_argparser import HfArg
 
 from data import BadInput, Example, select_rows
 from evaluate import held_out_accuracy
-from flags import is_given, parse, run_main
-from training import TrainConfig, accumulate, finish, log, optimizer_step, policy_logps, setup, steps
+from flags import TrainConfig, is_given, parse, run_main
+from training import accumulate, finish, log, optimizer_step, policy_logps, setup, steps
 
 
 @dataclass
@@ -62,7 +62,7 @@ def train(config: Config) -> None:
             losses.append(loss.detach())
         grad_norm = optimizer_step(run, step, batch, losses)
         metrics = {"loss": sum(losses), "grad_norm": grad_norm, "tokens": n_tokens}
-        log(run, step, metrics, shown=("loss",))
+        log(run, metrics, shown=("loss",))
     finish(run, held_out_accuracy)
 
 

@@ -23,84 +23,14 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
 from tqdm import tqdm
-from transformers.hf_argparser import HfArg
 
-from checkpoints import read_metrics, resume, save_checkpoint, save_final, write_metrics
-from data import PROMPTS, BadInput, Batch, Example, check_audio, load_examples, make_folder, read_batch
-from data import select_rows
-from flags import check_at_least
-from model import (
-    DEFAULT_MODEL,
-    Policy,
-    check_memory,
-    encode_audio,
-    eos_tokens,
-    load_frozen,
-    load_policy,
-    sample,
-)
-from model import sampling_noise
-
-# ---------------------------------------------------------------- settings
-
-
-@dataclass
-class TrainConfig:
-    """What both kinds of training have in common."""
-
-    model: str = HfArg(default=DEFAULT_MODEL, help="hub name or folder of a Qwen2-Audio model")
-    data: str = HfArg(default="", help="training questions: JSON or JSON Lines, see README")
-    audio_dir: str = HfArg(default="", help="folder of the clips; empty: beside the questions")
-    skip_bad_audio: bool = HfArg(
-        default=False, help="skip clips that cannot be read and count them; else stop"
-    )
-    eval_data: str = HfArg(default="", help="questions to measure accuracy on while training; empty: none")
-    eval_every: int = HfArg(default=100, help="steps between two such measurements")
-    output: str = HfArg(default="runs/train", help="folder for metrics, checkpoints and the final model")
-    prompt: str = HfArg(default="answer", help="plain, answer or think: prompt, format reward and extraction")
-    max_new_tokens: int = HfArg(default=256, help="a completion without an end by then is cut and counted")
-    prompts_per_step: int = HfArg(default=16, help="prompts per step, all processes together")
-    micro_batch: int = HfArg(default=1, help="prompts in one forward of one process; results stay the same")
-    lr: float = HfArg(default=1e-6, help="AdamW's learning rate at the start, decaying linearly to 0")
-    max_steps: int = HfArg(default=1000, help="steps of prompts_per_step prompts")
-    resume: bool = HfArg(default=False, help="go on from the newest checkpoint in --output")
-    save_every: int = HfArg(
-        default=100, help="steps between checkpoints, and between groups that are printed"
-    )
-    keep_states: int = HfArg(
-        default=1, help="newest checkpoints that stay resumable; of others the model stays"
-    )
-    seed: int = HfArg(default=42, help="seeds data order, sampling, new adapters and their dropout")
-    freeze_audio_encoder: bool = HfArg(default=False, help="train the language model and the projector only")
-    lora_rank: int = HfArg(default=0, help="train adapters of this rank (LoRA); 0: train the weights")
-    lora_alpha: float = HfArg(default=32.0, help="the adapters' output is multiplied by alpha / rank")
-    lora_dropout: float = HfArg(
-        default=0.0, help="before the adapters; then the sampler is not quite the policy"
-    )
-    lora_target: str = HfArg(default="language", help="layers: language, all (the encoder's too), or a regex")
-    merge: bool = HfArg(default=False, help="LoRA: also write the merged final model, to merged in --output")
-    gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, more time")
-    log_with: str = HfArg(default="", help="tensorboard or wandb, beside metrics.jsonl")
-
-
-def check_settings(config: TrainConfig, processes: int) -> None:
-    """Raise BadInput for settings that no training can have."""
-    if config.prompt not in PROMPTS:
-        raise BadInput(f"--prompt {config.prompt}: unknown, choose one of {', '.join(PROMPTS)}")
-    if not config.data:
-        raise BadInput("--data is missing: the file of training questions")
-    check_at_least(config, prompts_per_step=1, micro_batch=1, save_every=1, eval_every=1, max_new_tokens=1)
-    check_at_least(config, lr=0, seed=0, lora_rank=0, lora_alpha=0, keep_states=1)
-    if not 0 <= config.lora_dropout < 1:
-        raise BadInput(f"--lora_dropout must be from 0 to below 1, not {config.lora_dropout}")
-    if config.merge and not config.lora_rank:
-        raise BadInput("--merge is for LoRA, and --lora_rank is 0: there are no adapters to merge")
-    if config.freeze_audio_encoder and config.lora_rank and config.lora_target != "language":
-        raise BadInput("--freeze_audio_encoder is for training without LoRA; see --lora_target")
-    if config.prompts_per_step % (processes * config.micro_batch):
-        share = f"{processes} process(es) x --micro_batch {config.micro_batch}"
-        raise BadInput(f"--prompts_per_step {config.prompts_per_step} is not a multiple of {share}")
-
+from checkpoints import append_metrics, is_saved, mean_over_processes, read_metrics, resume
+from checkpoints import save_checkpoint, save_final
+from data import LOCK, BadInput, Batch, Example, check_audio, load_examples, lock_folder
+from data import read_batch, select_rows
+from flags import TrainConfig, check_settings
+from model import NotFinite, Policy, check_memory, encode_audio, eos_tokens, load_frozen
+from model import load_policy, sample, sampling_noise, weights_hash
 
 # ---------------------------------------------------------------- a run
 
@@ -121,10 +51,15 @@ class Run:
     reference: nn.Module = None  # another; under LoRA the policy itself; None without KL
     optimizer: torch.optim.Optimizer = None
     eos_ids: list[int] = None
+    data_hash: str = ""  # of the training questions as they were read
+    base_hash: str = ""  # of the weights that training starts from
+    lock: object = None  # on the output folder
+    interrupted: "Interrupted" = None
     first_step: int = 0
     bar: tqdm = None
-    metrics: dict = field(default_factory=dict)  # of the current step
-    seconds: dict = field(default_factory=lambda: defaultdict(float))  # of the current step, by phase
+    updates: int = 0  # of the current step, as these are
+    metrics: dict = field(default_factory=dict)
+    seconds: dict = field(default_factory=lambda: defaultdict(float))  # by phase
     last_lap: float = 0.0
 
     @property
@@ -143,9 +78,11 @@ def setup(config: TrainConfig, temperature: float = 1.0, with_reference: bool = 
     """Check all that can be checked, read the questions, load the models, resume."""
     accelerator = make_accelerator(config)
     check_settings(config, accelerator.num_processes)
-    questions = load_questions(config, accelerator)
-    make_output(config, accelerator)
-    run = Run(config, accelerator, *questions, *load_policy(config, accelerator), config.max_steps)
+    examples, eval_examples, data_hash = load_questions(config, accelerator)
+    lock = make_output(config, accelerator)
+    model, processor, adapters = load_policy(config, accelerator)
+    run = Run(config, accelerator, examples, eval_examples, model, processor, adapters, config.max_steps)
+    run.data_hash, run.base_hash, run.lock = data_hash, weights_hash(model), lock
     run.eos_ids = eos_tokens(run.model, run.processor)
     separate_reference = with_reference and not run.adapters
     check_memory(accelerator, run.model, separate_reference)
@@ -189,30 +126,31 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def load_questions(config: TrainConfig, accelerator: Accelerator) -> tuple[list[Example], list[Example]]:
-    """Questions to train on and held-out ones, and whether their clips are there."""
-    examples = load_examples(config.data, config.audio_dir)
-    eval_examples = load_examples(config.eval_data, config.audio_dir) if config.eval_data else []
+def load_questions(config: TrainConfig, accelerator: Accelerator):
+    """Questions to train on and held-out ones, whose clips are looked for, and the hash of the former."""
+    examples, data_hash = load_examples(config.data, config.audio_dir)
+    eval_examples, _ = load_examples(config.eval_data, config.audio_dir) if config.eval_data else ([], "")
     missing = check_audio(examples, config.skip_bad_audio)
     missing_eval = check_audio(eval_examples, config.skip_bad_audio)
     if missing or missing_eval:
         parts = f"{missing} for training (the next row is used), {missing_eval} held out (counted as wrong)"
         accelerator.print(f"clips missing: {parts}")
-    return examples, eval_examples
+    return examples, eval_examples, data_hash
 
 
-def make_output(config: TrainConfig, accelerator: Accelerator) -> None:
-    """Make the output folder and start the trackers. Raises BadInput if the folder holds something."""
+def make_output(config: TrainConfig, accelerator: Accelerator):
+    """Make and lock the output folder, start the trackers. Raises BadInput if the folder holds something."""
     output = config.output
-    if not config.resume and os.path.exists(output) and (not os.path.isdir(output) or os.listdir(output)):
-        ways = "--resume, remove it, or name another folder"
-        raise BadInput(f"--output {output}: already holds a run or other files; {ways}")
+    if not config.resume and os.path.exists(output):
+        if not os.path.isdir(output) or set(os.listdir(output)) - {LOCK}:
+            ways = "--resume, remove it, or name another folder"
+            raise BadInput(f"--output {output}: already holds a run or other files; {ways}")
     accelerator.wait_for_everyone()  # until all have seen the folder empty
-    if accelerator.is_main_process:
-        make_folder(output)
+    lock = lock_folder(output) if accelerator.is_main_process else None
     accelerator.init_trackers("r1-aqa", asdict(config))
     if config.log_with and accelerator.is_main_process and not accelerator.trackers:
         raise BadInput(f"--log_with {config.log_with}: not installed, pip install {config.log_with}")
+    return lock
 
 
 # ---------------------------------------------------------------- batches
@@ -236,7 +174,8 @@ def batches(run: Run) -> Iterator[Batch]:
             jobs.append(thread.submit(read_batch, processor, run.examples, config, first, run.prompts))
             if len(jobs) == 2:
                 yield ready(jobs.popleft())
-        yield ready(jobs.popleft())
+        while jobs:
+            yield ready(jobs.popleft())
 
 
 # ---------------------------------------------------------------- what a step is made of
@@ -245,33 +184,57 @@ def batches(run: Run) -> Iterator[Batch]:
 def steps(run: Run, accuracy: Callable[[Run], float]) -> Iterator[tuple[int, Batch]]:
     """Each step with its batch.
 
-    Before each step it evaluates, if due, and sets the learning rate. After each step it saves a checkpoint,
-    if due or if a signal came; after a signal it then exits with the signal's status.
+    Before each step it evaluates, if due, and sets the learning rate. After each step it writes the metrics
+    and, if due, a checkpoint. If a process has a problem or caught a signal, all of them save and stop.
     """
-    config, accelerator, interrupted, data = run.config, run.accelerator, Interrupted(), batches(run)
-    step_numbers = range(run.first_step, run.max_steps)
-    silent = not accelerator.is_main_process
+    config, data, run.interrupted = run.config, batches(run), Interrupted()
+    step_numbers, silent = range(run.first_step, run.max_steps), not run.accelerator.is_main_process
     run.bar = tqdm(step_numbers, total=run.max_steps, initial=run.first_step, disable=silent)
     run.last_lap = now()
     for step in run.bar:
-        if run.eval_examples and step % config.eval_every == 0:
-            run.metrics["eval_accuracy"] = accuracy(run)
-            lap(run, "eval")
+        batch = problem = None
+        try:
+            if run.eval_examples and step % config.eval_every == 0:
+                run.metrics["eval_accuracy"] = accuracy(run)
+                lap(run, "eval")
+            batch = next(data)
+        except (BadInput, OSError) as error:
+            problem = error
+        stop_together(run, step, problem)
         for group in run.optimizer.param_groups:
             group["lr"] = config.lr * (1 - step / run.max_steps)
-        batch = next(data)
         run.metrics |= batch.metrics
+        run.updates = 0
         lap(run, "other")
         yield step, batch
+        try:
+            append_metrics(run, step)
+        except OSError as error:
+            problem = error
         lap(run, "other")
-        signal_number = interrupted.on_any_process(accelerator)
-        if signal_number or (step + 1) % config.save_every == 0:
+        if not problem and (step + 1) % config.save_every == 0:
             save_checkpoint(run, step + 1)
             lap(run, "save")
-        if signal_number:
-            done = f"{step + 1} of {run.max_steps} steps"
-            accelerator.print(f"stopped after {done}; the same command with --resume goes on")
-            end(run, 128 + signal_number)
+        stop_together(run, step + 1, problem)
+
+
+def stop_together(run: Run, done: int, problem: Exception | None) -> None:
+    """If any process has a problem or has caught a signal, save what `done` steps made and end them all."""
+    accelerator = run.accelerator
+    reasons = torch.tensor([[run.interrupted.number, problem is not None]], device=accelerator.device)
+    signal_number, any_problem = accelerator.gather(reasons).max(0).values.tolist()
+    if not signal_number and not any_problem:
+        return
+    if done > run.first_step and not is_saved(run, done):
+        try:
+            save_checkpoint(run, done)
+        except BadInput as error:
+            problem = BadInput(f"{problem}; {error}" if problem else str(error))
+    saved = f"stopped after {done} of {run.max_steps} steps; the same command with --resume goes on"
+    accelerator.print(saved)
+    if problem:
+        raise problem
+    end(run, 1 if any_problem else 128 + signal_number)
 
 
 def generate(run: Run, batch: Batch, group_size: int, temperature: float):
@@ -291,8 +254,12 @@ def generate(run: Run, batch: Batch, group_size: int, temperature: float):
         return sample(run.model, batch.inputs, run.eos_ids, shape[1], temperature, noise)
 
     run.policy.eval()
-    with run.accelerator.autocast():
-        ids, mask = with_whole_weights(run.policy, encode_and_sample)
+    try:
+        with run.accelerator.autocast():
+            ids, mask = with_whole_weights(run.policy, encode_and_sample)
+    except NotFinite as error:
+        location = batch.examples[error.args[0]].location
+        raise BadInput(f"{location}: the model's logits are not finite numbers") from None
     lap(run, "sample")
     return ids, mask
 
@@ -334,45 +301,52 @@ def optimizer_step(run: Run, step: int, batch: Batch, losses: list[torch.Tensor]
     losses: a tensor for each micro-batch. Raises BadInput, before the update, if anything is not finite.
     """
     grad_norm = float(run.accelerator.clip_grad_norm_(run.policy.parameters(), 1.0))
-    check_finite(run, step, batch, losses, grad_norm)
+    if problem := not_finite(run, step, batch, losses, grad_norm):
+        if run.updates == 0:  # else the weights are those of no whole step, and are not saved
+            stop_together(run, step, problem)
+        raise problem
     run.optimizer.step()
     run.optimizer.zero_grad()
+    run.updates += 1
     lap(run, "update")
     return grad_norm
 
 
-def check_finite(run: Run, step: int, batch: Batch, losses: list[torch.Tensor], grad_norm: float) -> None:
-    """Raise BadInput, naming the examples, if a loss or the gradient is not finite on any process."""
+def not_finite(run: Run, step: int, batch: Batch, losses: list[torch.Tensor], grad_norm: float):
+    """What is not finite on any process, with the examples, as BadInput; None if all is well."""
     # one entry for each micro-batch, then the gradient's
     finite = torch.stack([loss.isfinite().all() for loss in [*losses, losses[0].new_tensor(grad_norm)]])
     if run.accelerator.gather(finite.all()[None]).all():
-        return
+        return None
     parts = [batch.examples[rows] for rows in run.micro_batches]
     bad = gather_object([e.location for ok, part in zip(finite, parts) if not ok for e in part])
     what = "loss" if bad else "gradient"
     bad = bad or gather_object([example.location for example in batch.examples])
     what = f"the {what} is not finite (the gradient's norm is {grad_norm}); this update was not made"
-    raise BadInput(f"step {step}: {what}. Examples: {', '.join(bad)}")
+    return BadInput(f"step {step}: {what}. Examples: {', '.join(bad)}")
 
 
-def log(run: Run, step: int, metrics: dict, shown: tuple[str, ...]) -> None:
-    """Write the metrics of a step, means over processes; those to be shown go to the bar too."""
-    seconds = {f"seconds_{phase}": value for phase, value in run.seconds.items()}
-    metrics = run.metrics | metrics | {"lr": run.optimizer.param_groups[0]["lr"]} | seconds
-    metrics = write_metrics(run, step, metrics)
+def log(run: Run, metrics: dict, shown: tuple[str, ...]) -> None:
+    """Take the metrics of a step, to be written after it, as means over processes; show some on the bar."""
+    metrics = run.metrics | metrics | {"lr": run.optimizer.param_groups[0]["lr"]}
+    metrics |= {f"seconds_{phase}": value for phase, value in run.seconds.items()}
+    run.metrics = mean_over_processes(run, metrics)
     total = round(sum(run.seconds.values()), 2)
-    run.bar.set_postfix({name: metrics[name] for name in shown} | {"seconds": total})
-    run.metrics = {}
+    run.bar.set_postfix({name: run.metrics[name] for name in shown} | {"seconds": total})
     run.seconds.clear()
 
 
 def finish(run: Run, accuracy: Callable[[Run], float]) -> None:
     """Measure the final model, save it, end."""
-    output = run.config.output
+    output, problem = run.config.output, None
     if run.eval_examples:
-        after = accuracy(run)
-        write_metrics(run, run.max_steps, {"eval_accuracy": after})
-        measured = [line["eval_accuracy"] for line in read_metrics(output) if "eval_accuracy" in line]
+        try:
+            run.metrics = mean_over_processes(run, {"eval_accuracy": (after := accuracy(run))})
+        except (BadInput, OSError) as error:
+            problem = error
+        stop_together(run, run.max_steps, problem)
+        append_metrics(run, run.max_steps)
+        measured = [line["eval_accuracy"] for line in read_metrics(output)[0] if "eval_accuracy" in line]
         before = f"{[*measured, after][0]:.1%} at first"
         run.accelerator.print(f"held-out accuracy: {before}, {after:.1%} after {run.max_steps} steps")
     save_final(run)
@@ -419,10 +393,6 @@ class Interrupted:
         if not self.number:
             self.number, self.since = number, time.monotonic()
             os.write(2, b"\nfinishing this step and saving; again in 5 s or more to stop at once\n")
-
-    def on_any_process(self, accelerator: Accelerator) -> int:
-        """The signal's number if any process caught one, else 0: all must stop after the same step."""
-        return int(accelerator.gather(torch.tensor([self.number], device=accelerator.device)).max())
 
 
 def with_whole_weights(policy, function, *args):

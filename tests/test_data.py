@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import inputs_of
+from conftest import inputs_of, load_examples
 
 from data import (
     PROMPTS,
@@ -15,7 +15,6 @@ from data import (
     check_audio,
     is_cut,
     load_audio,
-    load_examples,
     stream_indices,
 )
 from model import load_model
@@ -82,13 +81,13 @@ def test_every_source_becomes_the_same_example(tmp_path, source, as_list):
 
 def test_avqa_asks_about_the_audio_and_others_stay_as_they_are(tmp_path):
     path = write(tmp_path / "rows", [CONVERTED, AVQA, AVQA | {"answer": None}, OWN])
-    questions = [example.question for example in load_examples(path, need_answers=False)]
+    questions = [example.question for example in load_examples(path, for_training=False)]
     assert questions == ["What is in the audio?"] * 3 + ["What is in the video?"]
 
 
 def test_test_rows_without_answers_can_be_answered_but_not_trained_on(tmp_path):
     path = write(tmp_path / "rows", [{k: v for k, v in MMAU.items() if k != "answer"}, MMAU | {"answer": ""}])
-    assert [example.answer for example in load_examples(path, need_answers=False)] == [None, None]
+    assert [example.answer for example in load_examples(path, for_training=False)] == [None, None]
     with pytest.raises(BadInput, match="rows:1: has no answer"):
         load_examples(path)
 
@@ -147,7 +146,7 @@ def test_a_bad_row_is_named_with_its_file_line_and_reason(tmp_path, row, says):
 
 
 def test_a_benchmarks_answer_need_not_be_an_option(tmp_path):
-    (example,) = load_examples(write(tmp_path / "rows", [OWN | {"answer": "bird"}]), need_answers=False)
+    (example,) = load_examples(write(tmp_path / "rows", [OWN | {"answer": "bird"}]), for_training=False)
     assert example.answer == "bird"
 
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import launch, run_script
+from conftest import launch, run_script, load_examples
 from transformers import GenerationConfig
 
 import evaluate
-from data import BadInput, load_examples
+from data import BadInput
 from evaluate import judge, predict
 from rewards import extract_answer, mmau_match, paired_difference, wilson_interval
 
@@ -52,7 +52,7 @@ def test_predictions_are_the_rows_with_what_the_official_script_reads(
     run_evaluate(monkeypatch, *flags, "--batch_size", 5)
     rows = read(tmp_path, "eval", "predictions.json")
     examples = load_examples(str(folder / "test.jsonl"))
-    alone = predict(*toy_model, examples, "answer", 1, 4)  # one at a time: no padding
+    alone = [predict(*toy_model, [e], "answer", 4)[0] for e in examples]  # one at a time: no padding
     for row, example, prediction in zip(rows, examples, alone, strict=True):
         answer = extract_answer(prediction.completion, "answer")
         assert row == example.row | {
@@ -223,7 +223,7 @@ def test_one_question_about_ones_own_clip(folder, monkeypatch, capsys, toy_model
     example = load_examples(str(folder / "test.jsonl"))[0]
     asked = ["--ask", example.audio, "--question", example.question, "--choices", *example.choices]
     run_evaluate(monkeypatch, "--model", folder / "model", "--max_new_tokens", 4, *asked)
-    (prediction,) = predict(*toy_model, [example], "answer", 1, 4)
+    (prediction,) = predict(*toy_model, [example], "answer", 4)
     assert capsys.readouterr().out == prediction.completion + "\n"
 
 
@@ -359,7 +359,7 @@ def test_rows_without_a_prediction_are_wrong_and_counted(tmp_path, monkeypatch, 
         "\n".join(json.dumps(row) for row in (ROW, ROW | {"model_output": "dog"}, ROW))
     )
     run_evaluate(monkeypatch, "--score", tmp_path / "p.jsonl")
-    results = read(tmp_path, "results.json")
+    results = read(tmp_path, "p.results.json")
     assert (results["correct"], results["total"], results["missing"]) == (1, 3, 2)
     assert "2 rows have no prediction" in capsys.readouterr().out
 
@@ -375,7 +375,7 @@ def test_mmar_is_grouped_by_modality(tmp_path, monkeypatch):
     (tmp_path / "p.json").write_text(json.dumps(rows))
     run_evaluate(monkeypatch, "--score", tmp_path / "p.json")
     assert {
-        name: part["total"] for name, part in read(tmp_path, "results.json")["by"]["modality"].items()
+        name: part["total"] for name, part in read(tmp_path, "p.results.json")["by"]["modality"].items()
     } == {
         "sound": 2,
         "mix-sound-speech": 1,

@@ -6,10 +6,10 @@ import sys
 import numpy as np
 import pytest
 import soundfile
-from conftest import ROOT
+from conftest import ROOT, load_examples
 
 import prepare_data
-from data import BadInput, check_audio, load_examples
+from data import BadInput, check_audio
 
 OWN = {"audio": "a.wav", "question": "What is in the video?", "choices": ["dog", "cat"], "answer": "cat"}
 CONVERTED = {

@@ -10,13 +10,13 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from conftest import ROOT, metrics
+from conftest import ROOT, metrics, load_examples
 
 import evaluate
 import toy
 import train_grpo
 import train_sft
-from data import BadInput, load_audio, load_examples
+from data import BadInput, load_audio
 from flags import parse
 
 

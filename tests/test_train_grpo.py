@@ -278,7 +278,7 @@ BAD = {
     "no such data": (dict(data="nowhere.jsonl"), "nowhere.jsonl"),
     "no such model": (dict(model="./nowhere"), "./nowhere"),
     "no such audio": (dict(audio_dir="nowhere"), "train.jsonl:1: no audio file"),
-    "output below a file": (dict(output=__file__ + "/run"), "cannot be made"),
+    "output below a file": (dict(output=__file__ + "/run"), "cannot be written"),
     "unknown tracker": (dict(log_with="paper"), "tensorboard or wandb"),
 }
 

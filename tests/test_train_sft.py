@@ -236,7 +236,7 @@ def test_adapters_that_cannot_be_loaded_are_refused(folder, lora, tmp_path):
         load_model(str(tmp_path / "no base"))
     shutil.copytree(lora, tmp_path / "damaged")
     (tmp_path / "damaged" / "adapter_model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(BadInput, match="damaged: cannot load the adapters"):
+    with pytest.raises(BadInput, match="damaged: cannot load the model"):
         load_model(str(tmp_path / "damaged"))
     with pytest.raises(BadInput, match="merged: already there"):
         merge(str(lora), output=str(lora / "merged"))

@@ -8,13 +8,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SGD, as_flags, assert_same_run, config, inputs_of, launch, metrics, run_script
+from conftest import (
+    SGD,
+    as_flags,
+    assert_same_run,
+    config,
+    inputs_of,
+    launch,
+    metrics,
+    run_script,
+    load_examples,
+)
 from conftest import training_code, weights
 
 import data
 import flags as flags_module
 import training
-from data import BadInput, load_examples, read_batch
+from data import BadInput, read_batch
 from training import Run, batches
 
 # script, flags of both runs, flags of the second
