@@ -244,7 +244,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(folder, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_loses_nothing(folder, tmp_path):
-    flags = dict(max_steps=200, save_every=3, eval_every=100)
+    flags = dict(max_steps=120, save_every=1, eval_every=100)  # most of the time is saving
     train("train_grpo", folder, tmp_path / "whole", **flags)
     chance, kills = random.Random(0), []
     while len(kills) < 20:

@@ -2,17 +2,20 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
 import tracemalloc
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, assert_same_run, inputs_of, load_examples, metrics, run_script
+from conftest import ROOT, as_flags, assert_same_run, config, inputs_of, launch, load_examples, metrics
+from conftest import run_script, training_code
 from safetensors.torch import load_file, save_file
 
 import data
@@ -580,6 +583,71 @@ def test_sampled_answers_are_those_of_an_evaluation_that_never_stopped(tmp_path,
     evaluation("run", "--decoding", "model")
     whole, run = ((tmp_path / name / "predictions.json").read_bytes() for name in ("whole", "run"))
     assert whole == run
+
+
+@pytest.mark.slow
+def test_an_evaluation_killed_at_random_moments_loses_nothing(folder, tmp_path):
+    """By SIGKILL, 20 times; each call adds at least one answer to what is there."""
+    rows = [line for line in open(folder / "test.jsonl")] * 50
+    (tmp_path / "many.jsonl").write_text("".join(rows))
+    base = [
+        sys.executable,
+        ROOT / "evaluate.py",
+        "--model",
+        folder / "model",
+        "--data",
+        tmp_path / "many.jsonl",
+    ]
+    base += ["--audio_dir", folder, "--max_new_tokens", "4", "--batch_size", "2", "--output"]
+
+    def answers():
+        path = tmp_path / "run" / "answers-0.jsonl"
+        return path.read_text().count("\n[") if path.exists() else 0
+
+    chance, kills = random.Random(0), []
+    while len(kills) < 20:
+        before = answers()
+        process = subprocess.Popen(
+            [*base, tmp_path / "run"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while process.poll() is None and answers() == before:
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.2))
+        assert process.poll() is None, "ended before the last kill: give it more rows"
+        process.kill()
+        process.wait()
+        kills.append(answers())
+    assert kills == sorted(set(kills))
+    for name in ("run", "whole"):
+        subprocess.run([*base, tmp_path / name], check=True, capture_output=True)
+    whole, run = ((tmp_path / name / "predictions.json").read_bytes() for name in ("whole", "run"))
+    assert whole == run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True], ids=["DDP", "FSDP2"])
+def test_a_problem_of_one_process_stops_and_saves_both(folder, tmp_path, own_data, fsdp):
+    """A clip of the second process disappears; the run that is resumed is the one that never stopped."""
+    settings = {name: config("train_grpo", folder, tmp_path / name, **own_data) for name in ("whole", "run")}
+    launch(training_code("train_grpo"), *as_flags(settings["whole"]), fsdp=fsdp)
+    examples = load_examples(own_data["data"])
+    gone = examples[data.stream_indices(24, 42, 4 * 3 + 2, 1)[0]].audio  # of step 3
+    code = (
+        "import os, training\nplain, calls = training.optimizer_step, []\n"
+        "def optimizer_step(*args):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 1 and Accelerator().is_main_process:\n"
+        f"        os.rename({gone!r}, {gone + '.moved'!r})\n"
+        "    return plain(*args)\n"
+        "train_grpo.optimizer_step = optimizer_step\n"
+    )
+    with pytest.raises(AssertionError, match="no such audio file"):
+        launch(training_code("train_grpo", code), *as_flags(settings["run"]), fsdp=fsdp)
+    (state,) = list_states(str(tmp_path / "run"))
+    assert int(state.rsplit("-", 1)[1]) in (1, 2, 3)
+    os.rename(gone + ".moved", gone)
+    launch(training_code("train_grpo"), *as_flags(settings["run"]), "--resume=True", fsdp=fsdp)
+    assert_same_run(tmp_path / "whole", tmp_path / "run", exact=True)
 
 
 def test_scores_of_two_files_in_a_folder_do_not_overwrite_each_other(tmp_path, monkeypatch):
