@@ -27,7 +27,7 @@ from model import LOADABLE, NO_CODE, add_saved_adapters, base_of_adapter, check_
 
 # flags that a resumed run may change: nothing computed before depends on them (data is known by its content)
 MAY_CHANGE = "output resume save_every keep_states merge log_with eval_data eval_every data audio_dir".split()
-MAY_CHANGE += "skip_bad_audio micro_batch gradient_checkpointing".split()
+MAY_CHANGE += "skip_bad_audio micro_batch gradient_checkpointing eval_batch_size skip_steps".split()
 
 # ---------------------------------------------------------------- saving
 
@@ -37,10 +37,19 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor: under FSDP2 gathered from all processes."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def save_model(run, folder: str) -> None:
     """What `from_pretrained` loads (peft's, for adapters), and run.json. Every process must call it."""
     accelerator, model = run.accelerator, run.model
-    state_dict = accelerator.get_state_dict(run.policy)
+    if run.adapters:  # gathers what is trained, and not the base around it
+        trained = accelerator.unwrap_model(run.policy).named_parameters()
+        state_dict = {name: whole(p.detach()) for name, p in trained if p.requires_grad}
+    else:
+        state_dict = accelerator.get_state_dict(run.policy)
     weights = {name.removeprefix("model."): weight for name, weight in state_dict.items()}
     check_finite_weights(weights.items())
     if accelerator.is_main_process:
@@ -51,7 +60,9 @@ def save_model(run, folder: str) -> None:
             dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
             weights = {name: weight.to("cpu", dtype) for name, weight in weights.items()}
             model.save_pretrained(folder, state_dict=weights)
-            model.config.dtype = dtype  # as the weights are stored, not as they were trained
+            parts = [getattr(model.config, name) for name in model.config.sub_configs]
+            for config in (model.config, *parts):
+                config.dtype = dtype  # as the weights are stored, not as they were trained
             model.config.save_pretrained(folder)
         run.processor.save_pretrained(folder)
         write_whole(os.path.join(folder, "run.json"), json.dumps(asdict(run.config), indent=2))
@@ -101,6 +112,14 @@ def save_final(run) -> None:
     run.accelerator.wait_for_everyone()
 
 
+def flush(folder: str) -> None:
+    """Wait until every file below a folder is on the disk."""
+    for path in glob.glob(os.path.join(glob.escape(folder), "**"), recursive=True):
+        if os.path.isfile(path):
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+
+
 def save_checkpoint(run, step: int) -> None:
     """Write checkpoint-<step>: a model, and in `state` what --resume needs. It appears when it is whole."""
     accelerator, output = run.accelerator, run.config.output
@@ -113,7 +132,7 @@ def save_checkpoint(run, step: int) -> None:
         accelerator.wait_for_everyone()
         save_model(run, partial)
         save_state(run, os.path.join(partial, "state"), step)
-        os.sync()  # it may be the machine that dies, and not only the process
+        flush(partial)  # it may be the machine that dies, and not only the process
         accelerator.wait_for_everyone()  # until all have written
         if accelerator.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was resumed from before it
@@ -224,7 +243,9 @@ def load_state(run, folder: str) -> int:
                 for key in [key for key in tensors if key.endswith(f" {name}")]:
                     value = tensors.pop(key)
                     # a moment is shaped and sharded as its parameter; a copy, for the file may be removed
-                    moment = torch.zeros_like(p.data if value.dim() else value)
+                    # AdamW's count of steps lies on the CPU, and with fused=True where the parameter is
+                    step_device = p.device if run.optimizer.defaults.get("fused") else "cpu"
+                    moment = torch.zeros_like(p.data if value.dim() else value.to(step_device))
                     copy_into(local(moment), value)
                     run.optimizer.state[p][key.split()[0]] = moment
         if tensors:

@@ -13,6 +13,9 @@ import hashlib
 import json
 import os
 import re
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -272,7 +275,6 @@ def load_audio(path: str, window: int | None = None) -> np.ndarray:
     return wave if window is None else wave[: window + 1]
 
 
-@torch.autocast("cpu", enabled=False)  # features are fp32, whatever the model around computes in
 def make_batch(processor, examples: list[Example], waves: list[np.ndarray], prompt: str) -> dict:
     """Model inputs for B examples and their samples (n,) at 16 kHz.
 
@@ -283,7 +285,8 @@ def make_batch(processor, examples: list[Example], waves: list[np.ndarray], prom
     texts = [chat_text(processor, example, prompt) for example in examples]
     # `audio=`, not `audios=`: current transformers drop the old name and the model answers blind
     tensors = dict(padding=True, return_tensors="pt")
-    return dict(processor(text=texts, audio=waves, sampling_rate=SAMPLE_RATE, **tensors))
+    with torch.autocast("cpu", enabled=False):  # features are fp32, whatever the model computes in
+        return dict(processor(text=texts, audio=waves, sampling_rate=SAMPLE_RATE, **tensors))
 
 
 def is_cut(processor, wave: np.ndarray) -> bool:
@@ -330,6 +333,18 @@ def read_batch(processor, examples: list[Example], config, first: int, B: int) -
     inputs = make_batch(processor, batch, waves, config.prompt)
     cut = sum(is_cut(processor, wave) for wave in waves)
     return Batch(first, batch, inputs, {"clips_cut": cut / B, "clips_skipped": skipped / B})
+
+
+def made_ahead(make, items) -> Iterator:
+    """make(item) for each item; a thread makes the next one while the one before is in use."""
+    jobs = deque()
+    with ThreadPoolExecutor(1) as thread:
+        for item in items:
+            jobs.append(thread.submit(make, item))
+            if len(jobs) == 2:
+                yield jobs.popleft().result()
+        while jobs:
+            yield jobs.popleft().result()
 
 
 def select_rows(inputs: dict, rows: slice) -> dict:

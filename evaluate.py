@@ -13,7 +13,9 @@ import os
 import re
 import time
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import NamedTuple
 
 import accelerate
@@ -21,13 +23,14 @@ import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import InitProcessGroupKwargs, gather_object, set_seed
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
 from data import PROMPTS, SAMPLE_RATE, BadInput, Example, blame, check_audio, decode, is_cut, load_audio
-from data import load_examples, lock_folder, make_batch, read_clip, read_rows, sha256, to_example, write_whole
-from flags import check_at_least, parse, run_main, say
+from data import load_examples, lock_folder, made_ahead, make_batch, read_clip, read_rows, sha256, to_example
+from data import write_whole
+from flags import check_at_least, parse, run_main, say, warn_of_a_gpu_not_found
 from model import DEFAULT_MODEL, LOADABLE, NotFinite, completion_mask, eos_tokens, load_model, sample
 from model import weights_hash
 from rewards import by_group, extract_answer, format_reward, judge, mmau_match, paired_difference
@@ -74,42 +77,59 @@ def generate(model, inputs: dict, eos_ids: list[int], max_new_tokens: int):
     return ids, completion_mask(ids, eos_ids)
 
 
-def predict(model, processor, batch, prompt, max_new_tokens, decoding="greedy", silence=False):
-    """A Prediction for each example of a batch; an empty one, with the reason, where a row cannot be used."""
+class Asked(NamedTuple):
+    """A batch of questions as a model takes it."""
+
+    inputs: dict
+    cut: list[bool]
+    errors: list[str]
+    locations: list[str]
+
+
+def prepare(processor, batch: list[Example], prompt: str, silence: bool = False) -> Asked:
+    """Read the clips of a batch and make the inputs; a row that cannot be used becomes an empty question."""
     asked, waves, errors = [], [], []
     for example in batch:
         try:
             wave, error = read_clip(processor, example, prompt), ""
-        except BadInput as bad:  # nothing is asked in its place
+        except BadInput as bad:
             example, wave, error = replace(example, question="", choices=[]), np.zeros(SAMPLE_RATE), str(bad)
         asked.append(example)
         waves.append(np.zeros_like(wave) if silence else wave)
         errors.append(error)
-    inputs = make_batch(processor, asked, waves, prompt)
-    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    cut = [is_cut(processor, wave) for wave in waves]
+    return Asked(make_batch(processor, asked, waves, prompt), cut, errors, [e.location for e in batch])
+
+
+def predict(
+    model, processor, asked: Asked, max_new_tokens: int, decoding: str = "greedy"
+) -> list[Prediction]:
+    """A prediction for each question of a batch; an empty one, with its error, where a row cannot be used."""
+    inputs = {name: value.to(model.device) for name, value in asked.inputs.items()}
     eos_ids = eos_tokens(model, processor)
     try:
         answer = sample if decoding == "greedy" else generate
         ids, mask = answer(model, inputs, eos_ids, max_new_tokens)  # (B, 1, T)
     except NotFinite as error:
-        location = batch[error.args[0]].location
+        location = asked.locations[error.args[0]]
         raise BadInput(f"{location}: the model's logits are not finite numbers") from None
     texts = [text for (text,) in decode(processor, eos_ids, ids, mask)]
-    cut = [is_cut(processor, wave) for wave in waves]
-    return [Prediction("" if e else text, c, e) for text, c, e in zip(texts, cut, errors)]
+    return [Prediction("" if e else text, cut, e) for text, cut, e in zip(texts, asked.cut, asked.errors)]
 
 
 def held_out_accuracy(run: Run) -> float:
     """Accuracy of a policy in training; every process answers its part, until it is interrupted."""
     config, accelerator, problems = run.config, run.accelerator, []
     examples = run.eval_examples[accelerator.process_index :: accelerator.num_processes]
+    size, processor = config.eval_batch_size, deepcopy(run.processor)  # not to be used by two threads at once
+    batches = [examples[i : i + size] for i in range(0, len(examples), size)]
 
     def count_correct() -> int:
         correct = 0
-        for first in range(0, len(examples), run.prompts):
-            batch = examples[first : first + run.prompts]
+        ahead = made_ahead(lambda batch: prepare(processor, batch, config.prompt), batches)
+        for batch, asked in zip(batches, ahead):
             try:
-                predictions = predict(run.model, run.processor, batch, config.prompt, config.max_new_tokens)
+                predictions = predict(run.model, run.processor, asked, config.max_new_tokens)
             except BadInput as error:
                 problems.append(error)
             if problems or run.interrupted.number:
@@ -277,7 +297,6 @@ def evaluate(config: Config, accelerator, examples: list[Example], digest: str, 
     model, processor = load_model(path)
     how = settings(config, prompt, digest) | {"model": path, "weights_hash": weights_hash(model)}
     how |= {"batch_size": config.batch_size}
-    limits = config.max_new_tokens, config.decoding, config.silence
     answered = earlier_answers(folder, how)
     accelerator.wait_for_everyone()  # until all have read them
     model.to(accelerator.device).eval()
@@ -286,10 +305,11 @@ def evaluate(config: Config, accelerator, examples: list[Example], digest: str, 
     left = [batch for batch in batches if not answered.keys() >= set(batch)]
     with open(os.path.join(folder, f"answers-{accelerator.process_index}.jsonl"), "a") as file:
         file.write("\n" + json.dumps(how) + "\n")  # a killed call may have left half a line
-        for batch in tqdm(left[accelerator.process_index :: accelerator.num_processes], disable=not is_main):
+        mine, own = left[accelerator.process_index :: accelerator.num_processes], deepcopy(processor)
+        ahead = made_ahead(lambda b: prepare(own, [examples[i] for i in b], prompt, config.silence), mine)
+        for batch, asked in zip(tqdm(mine, desc="answering", disable=not is_main), ahead):
             set_seed(config.seed + batch[0])  # for --decoding model
-            part = [examples[i] for i in batch]
-            predictions = predict(model, processor, part, prompt, *limits)
+            predictions = predict(model, processor, asked, config.max_new_tokens, config.decoding)
             answered |= zip(batch, predictions)
             file.write("".join(json.dumps([i, *answered[i]]) + "\n" for i in batch))
             file.flush()
@@ -401,8 +421,8 @@ def ask(config: Config) -> None:
     prompt = prompt_style(config, config.model)
     model, processor = load_model(config.model)
     model.to(Accelerator().device).eval()
-    how = prompt, config.max_new_tokens, config.decoding, config.silence
-    (prediction,) = predict(model, processor, [example], *how)
+    asked = prepare(processor, [example], prompt, config.silence)
+    (prediction,) = predict(model, processor, asked, config.max_new_tokens, config.decoding)
     if prediction.error:
         raise BadInput(prediction.error)
     say(prediction.completion)
@@ -431,7 +451,9 @@ def main() -> None:
         examples, digest = load_examples(config.data, config.audio_dir, for_training=False)
         examples = examples[: config.limit or None]
         check_audio(examples, skip=True)
-        output, accelerator = config.output or "runs/eval", Accelerator()
+        patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # processes end at different times
+        output, accelerator = config.output or "runs/eval", Accelerator(kwargs_handlers=[patience])
+        warn_of_a_gpu_not_found()
         if config.checkpoints:
             evaluate_checkpoints(config, accelerator, examples, digest)
         elif os.path.exists(target := os.path.join(output, "predictions.json")) and not answer_files(output):

@@ -31,6 +31,14 @@ def run_main(main) -> None:
         sys.exit(f"error: the GPU's memory is full ({str(error).split('. ')[0]}); flags that help: {flags}")
 
 
+def warn_of_a_gpu_not_found() -> None:
+    """Say so if this machine has an NVIDIA GPU that torch does not see: slow, and easy to overlook."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or "ACCELERATE_USE_CPU" in os.environ
+    if not torch.cuda.is_available() and os.path.exists("/proc/driver/nvidia/version") and not hidden:
+        reason = "its driver may be too old" if torch.version.cuda else "this is a build of torch for CPUs"
+        say(f"no GPU is used, though the machine has one: {reason}; torch {torch.__version__}")
+
+
 def say(text: str = "") -> None:
     """Print text that may come from data or a model."""
     print(printable(text))
@@ -103,6 +111,7 @@ class TrainConfig:
     )
     eval_data: str = HfArg(default="", help="questions to measure accuracy on while training; empty: none")
     eval_every: int = HfArg(default=100, help="steps between two such measurements")
+    eval_batch_size: int = HfArg(default=16, help="questions that a process answers together in them")
     output: str = HfArg(default="runs/train", help="folder for metrics, checkpoints and the final model")
     prompt: str = HfArg(default="answer", help="plain, answer or think: prompt, format reward and extraction")
     max_new_tokens: int = HfArg(default=256, help="a completion without an end by then is cut and counted")
@@ -116,6 +125,9 @@ class TrainConfig:
     )
     keep_states: int = HfArg(
         default=1, help="newest checkpoints that stay resumable; of others the model stays"
+    )
+    skip_steps: list[int] = HfArg(
+        default_factory=list, help="steps to leave out, such as one with a nan loss"
     )
     seed: int = HfArg(default=42, help="seeds data order, sampling, new adapters and their dropout")
     freeze_audio_encoder: bool = HfArg(default=False, help="train the language model and the projector only")
@@ -136,7 +148,8 @@ def check_settings(config: TrainConfig, processes: int) -> None:
         raise BadInput(f"--prompt {config.prompt}: unknown, choose one of {', '.join(PROMPTS)}")
     if not config.data:
         raise BadInput("--data is missing: the file of training questions")
-    check_at_least(config, prompts_per_step=1, micro_batch=1, save_every=1, eval_every=1, max_new_tokens=1)
+    check_at_least(config, prompts_per_step=1, micro_batch=1, save_every=1, max_new_tokens=1)
+    check_at_least(config, eval_every=1, eval_batch_size=1)
     check_at_least(config, lr=0, seed=0, lora_rank=0, lora_alpha=0, keep_states=1)
     if not 0 <= config.lora_dropout < 1:
         raise BadInput(f"--lora_dropout must be from 0 to below 1, not {config.lora_dropout}")

@@ -20,6 +20,14 @@ from transformers import AutoConfig, AutoProcessor, DynamicCache, Qwen2AudioForC
 
 from data import BadInput
 
+# cuDNN would take every attention call on Hopper. It builds a plan for each new shape, and sampling and
+# packing make new ones all the time; under a mask its backward pass gives nan at some lengths
+# (github.com/pytorch/pytorch issue 196678, github.com/huggingface/trl issue 7181).
+torch.backends.cuda.enable_cudnn_sdp(False)
+# a KV cache that grows round by round fragments CUDA's memory otherwise; read when CUDA starts
+if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
+    os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+
 DEFAULT_MODEL = "Qwen/Qwen2-Audio-7B-Instruct"
 # a folder with one of these is a model, or LoRA adapters of one
 LOADABLE = ("config.json", "adapter_config.json")
@@ -218,6 +226,20 @@ def prompt_positions(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask.cumsum(-1) - 1).clamp_min(0)
 
 
+def additive_mask(visible: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+    """A mask (B, 1, queries, keys) of 0 and -inf from a bool (B, queries, keys), in the type of attention.
+
+    A bool mask would be converted again in every layer. Rows start at multiples of 8, as the kernels want it.
+    """
+    device = embeds.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else embeds.dtype
+    B, queries, keys = visible.shape
+    mask = torch.full((B, 1, queries, -(-keys // 8) * 8), -torch.inf, dtype=dtype, device=embeds.device)[
+        ..., :keys
+    ]
+    return mask.masked_fill_(visible[:, None], 0)
+
+
 # ---------------------------------------------------------------- sampling
 
 
@@ -276,8 +298,9 @@ def sample(model, inputs: dict, eos_ids: list[int], max_new_tokens: int, tempera
     hidden = lm(inputs_embeds=embeds, attention_mask=prompt_mask, position_ids=position).last_hidden_state
     hidden = hidden[:, -1:].expand(-1, G, -1)  # (B, G, D)
     # each round appends G keys, one token of each completion; a completion sees only its own
-    visible = prompt_mask.bool()[:, None, None].expand(-1, -1, G, -1)  # (B, 1, G, P + G * rounds)
-    own = torch.eye(G, dtype=torch.bool, device=visible.device).expand(B, 1, G, G)
+    own = torch.eye(G, dtype=torch.bool, device=eos.device).repeat(1, max_new_tokens - 1)  # (G, G * rounds)
+    visible = torch.cat([prompt_mask.bool()[:, None].expand(-1, G, -1), own.expand(B, -1, -1)], -1)
+    mask = additive_mask(visible, embeds)  # (B, 1, G, P + G * rounds)
     first_position = prompt_mask.sum(1, keepdim=True).expand(-1, G)  # (B, G)
     done, tokens = torch.zeros_like(first_position, dtype=torch.bool), []
     finite = torch.ones(B, dtype=torch.bool, device=eos.device)
@@ -289,9 +312,9 @@ def sample(model, inputs: dict, eos_ids: list[int], max_new_tokens: int, tempera
         done |= torch.isin(token, eos)
         if len(tokens) == max_new_tokens or done.all():
             break
-        visible = torch.cat([visible, own], -1)
+        seen = mask[..., : prompt_mask.shape[1] + G * len(tokens)]
         embeds, position = model.get_input_embeddings()(token), first_position + len(tokens) - 1
-        hidden = lm(inputs_embeds=embeds, attention_mask=visible, position_ids=position).last_hidden_state
+        hidden = lm(inputs_embeds=embeds, attention_mask=seen, position_ids=position).last_hidden_state
     if not finite.all():
         raise NotFinite(int(finite.long().argmin()))
     ids = torch.stack(tokens, -1)  # (B, G, T)
@@ -339,7 +362,10 @@ def shared_prompt_logps(model, inputs: dict, ids: torch.Tensor, mask: torch.Tens
     # completions are embedded as plain tokens: a placeholder drawn by chance must not receive audio
     embeds = torch.cat([embed_prompt(model, inputs), model.get_input_embeddings()(tokens)], 1)
     hidden = model.model.language_model(
-        inputs_embeds=embeds, attention_mask=visible[:, None], position_ids=position, use_cache=False
+        inputs_embeds=embeds,
+        attention_mask=additive_mask(visible, embeds),
+        position_ids=position,
+        use_cache=False,
     ).last_hidden_state  # (B, P+N, D)
 
     # the column before a token predicts it; the prompt's last column predicts the first of every completion

@@ -8,9 +8,8 @@ import os
 import signal
 import sys
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
@@ -21,14 +20,15 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
 from tqdm import tqdm
 
 from checkpoints import append_metrics, is_saved, mean_over_processes, read_metrics, resume
 from checkpoints import save_checkpoint, save_final
 from data import LOCK, BadInput, Batch, Example, check_audio, load_examples, lock_folder
-from data import read_batch, select_rows
-from flags import TrainConfig, check_settings
+from data import made_ahead, read_batch, select_rows
+from flags import TrainConfig, check_settings, warn_of_a_gpu_not_found
 from model import NotFinite, Policy, check_memory, encode_audio, eos_tokens, load_frozen
 from model import load_policy, sample, sampling_noise, weights_hash
 
@@ -87,7 +87,8 @@ def setup(config: TrainConfig, temperature: float = 1.0, with_reference: bool = 
     separate_reference = with_reference and not run.adapters
     check_memory(accelerator, run.model, separate_reference)
     trained = [p for p in run.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=0.0)
+    fused = accelerator.device.type == "cuda"  # under FSDP2 the default updates tensors one by one
+    optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=0.0, fused=fused)
     run.policy, run.optimizer = accelerator.prepare(Policy(run.model, temperature), optimizer)
     register_fsdp_forward_method(run.policy, "call")  # for with_whole_weights; nothing without FSDP2
     run.reference = run.policy if with_reference else None  # under LoRA, with its adapters off
@@ -121,6 +122,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             accelerator.state.fsdp_plugin.mixed_precision_policy = precision
     elif (kind := accelerator.distributed_type) not in ("NO", "MULTI_GPU", "MULTI_CPU"):
         raise BadInput(f"{kind}: not supported; plain processes and FSDP2 are (fsdp.yaml)")
+    warn_of_a_gpu_not_found()
     if accelerator.device.type == "cuda" and accelerator.mixed_precision == "no":
         accelerator.print("computing in fp32; `accelerate launch --mixed_precision bf16` is much faster")
     return accelerator
@@ -157,25 +159,18 @@ def make_output(config: TrainConfig, accelerator: Accelerator):
 
 
 def batches(run: Run) -> Iterator[Batch]:
-    """This process's batch for each step. A thread makes the next one while this one is computed on."""
+    """This process's batch for each step, made ahead."""
     config, accelerator = run.config, run.accelerator
     processor = deepcopy(run.processor)  # a tokenizer is not to be used by two threads at once
-    jobs = deque()
 
-    def ready(job) -> Batch:
-        batch = job.result()
+    def read(step: int) -> Batch:
+        first = step * config.prompts_per_step + accelerator.process_index * run.prompts
+        return read_batch(processor, run.examples, config, first, run.prompts)
+
+    for batch in made_ahead(read, range(run.first_step, run.max_steps)):
         batch.inputs = {name: value.to(accelerator.device) for name, value in batch.inputs.items()}
         torch.manual_seed(config.seed + batch.first)  # for LoRA's dropout: a resumed run draws the same
-        return batch
-
-    with ThreadPoolExecutor(1) as thread:
-        for step in range(run.first_step, run.max_steps):
-            first = step * config.prompts_per_step + accelerator.process_index * run.prompts
-            jobs.append(thread.submit(read_batch, processor, run.examples, config, first, run.prompts))
-            if len(jobs) == 2:
-                yield ready(jobs.popleft())
-        while jobs:
-            yield ready(jobs.popleft())
+        yield batch
 
 
 # ---------------------------------------------------------------- what a step is made of
@@ -201,6 +196,9 @@ def steps(run: Run, accuracy: Callable[[Run], float]) -> Iterator[tuple[int, Bat
         except (BadInput, OSError) as error:
             problem = error
         stop_together(run, step, problem)
+        if step in config.skip_steps:
+            run.accelerator.print(f"step {step}: skipped, as --skip_steps says")
+            continue
         for group in run.optimizer.param_groups:
             group["lr"] = config.lr * (1 - step / run.max_steps)
         run.metrics |= batch.metrics
@@ -306,7 +304,8 @@ def optimizer_step(run: Run, step: int, batch: Batch, losses: list[torch.Tensor]
             stop_together(run, step, problem)
         raise problem
     run.optimizer.step()
-    run.optimizer.zero_grad()
+    # DDP's gradients are views of its buckets: set to None, they would be allocated a second time
+    run.optimizer.zero_grad(set_to_none=not isinstance(run.policy, DistributedDataParallel))
     run.updates += 1
     lap(run, "update")
     return grad_norm
@@ -323,7 +322,8 @@ def not_finite(run: Run, step: int, batch: Batch, losses: list[torch.Tensor], gr
     what = "loss" if bad else "gradient"
     bad = bad or gather_object([example.location for example in batch.examples])
     what = f"the {what} is not finite (the gradient's norm is {grad_norm}); this update was not made"
-    return BadInput(f"step {step}: {what}. Examples: {', '.join(bad)}")
+    way = f"--resume --skip_steps {step} goes on without them"
+    return BadInput(f"step {step}: {what}. Examples: {', '.join(bad)}; {way}")
 
 
 def log(run: Run, metrics: dict, shown: tuple[str, ...]) -> None:

@@ -56,7 +56,7 @@ def odd_length(completion, *_):
 
 
 # Adam would turn the rounding of near-zero gradients into steps of full size.
-def sgd(parameters, lr, weight_decay):
+def sgd(parameters, lr, weight_decay, fused=False):
     return torch.optim.SGD(parameters, lr)
 
 
@@ -163,7 +163,7 @@ def training_code(script, more=""):
 
 def as_flags(config) -> list[str]:
     """Settings as the flags that give them."""
-    return [f"--{name}={value}" for name, value in vars(config).items() if value != ""]
+    return [f"--{name}={value}" for name, value in vars(config).items() if value not in ("", [])]
 
 
 def launch(code: str, *flags, precision: str = "no", fsdp: bool = False, root: Path = ROOT) -> None:

@@ -293,7 +293,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(
     ) as error:
         train(script, folder, tmp_path / "run", eval_data="", micro_batch=1)
     assert len(updates) == 1
-    assert [place for place in stream if str(error.value).endswith(place)] == [stream[2]]
+    assert [place for place in stream if f"{place};" in str(error.value)] == [stream[2]]
 
 
 # ---------------------------------------------------------------- two processes

@@ -16,8 +16,12 @@ from transformers import GenerationConfig
 
 import evaluate
 from data import BadInput
-from evaluate import judge, predict
+from evaluate import judge, predict, prepare
 from rewards import extract_answer, mmau_match, paired_difference, wilson_interval
+
+
+def answers_of(model, processor, batch):
+    return predict(model, processor, prepare(processor, batch, "answer"), 4)
 
 
 def run_evaluate(monkeypatch, *flags):
@@ -52,7 +56,7 @@ def test_predictions_are_the_rows_with_what_the_official_script_reads(
     run_evaluate(monkeypatch, *flags, "--batch_size", 5)
     rows = read(tmp_path, "eval", "predictions.json")
     examples = load_examples(str(folder / "test.jsonl"))
-    alone = [predict(*toy_model, [e], "answer", 4)[0] for e in examples]  # one at a time: no padding
+    alone = [answers_of(*toy_model, [e])[0] for e in examples]  # one at a time: no padding
     for row, example, prediction in zip(rows, examples, alone, strict=True):
         answer = extract_answer(prediction.completion, "answer")
         assert row == example.row | {
@@ -223,7 +227,7 @@ def test_one_question_about_ones_own_clip(folder, monkeypatch, capsys, toy_model
     example = load_examples(str(folder / "test.jsonl"))[0]
     asked = ["--ask", example.audio, "--question", example.question, "--choices", *example.choices]
     run_evaluate(monkeypatch, "--model", folder / "model", "--max_new_tokens", 4, *asked)
-    (prediction,) = predict(*toy_model, [example], "answer", 4)
+    (prediction,) = answers_of(*toy_model, [example])
     assert capsys.readouterr().out == prediction.completion + "\n"
 
 

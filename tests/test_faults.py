@@ -160,7 +160,7 @@ def test_logits_that_are_not_finite_name_their_example(folder, tmp_path, toy_mod
     with pytest.raises(BadInput, match=f"{first}: the model's logits are not finite"):
         run_script("train_grpo", folder, tmp_path / "run")
     with pytest.raises(BadInput, match=f"{examples[2].location}: the model's logits are not finite"):
-        evaluate.predict(model, processor, examples[:3], "answer", 4)
+        evaluate.predict(model, processor, evaluate.prepare(processor, examples[:3], "answer"), 4)
 
 
 # ---------------------------------------------------------------- rows, clips, flags
@@ -394,12 +394,37 @@ def test_a_loss_that_is_not_finite_stops_a_run_that_saves(folder, tmp_path, monk
     assert [path[-1] for path in list_states(str(tmp_path / "run"))] == ["2"]
 
 
+def test_a_step_that_stops_a_run_again_and_again_can_be_skipped(folder, tmp_path, monkeypatch, own_data):
+    """Resumed, a run meets the same prompts again; the message says how to get past them."""
+    plain, broken = train_grpo.policy_logps, [e.location for e in load_examples(own_data["data"])]
+    broken = broken[data.stream_indices(24, 42, 4 * 2, 1)[0]]  # of step 2
+    steps, seen = training.steps, []
+
+    def spy(run, accuracy):
+        for step, batch in steps(run, accuracy):
+            seen.append((step, any(example.location == broken for example in batch.examples)))
+            yield step, batch
+
+    def policy_logps(*args):
+        logps = plain(*args)
+        return logps * torch.nan if seen[-1][1] else logps
+
+    monkeypatch.setattr(train_grpo, "steps", spy)
+    monkeypatch.setattr(train_grpo, "policy_logps", policy_logps)
+    for resume in (False, True):
+        with pytest.raises(BadInput, match="step 2: .*; --resume --skip_steps 2 goes on without them"):
+            run_script("train_grpo", folder, tmp_path / "run", resume=resume, **own_data)
+    run_script("train_grpo", folder, tmp_path / "run", resume=True, skip_steps=[2], **own_data)
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [0, 1, 3, 4]
+
+
 @pytest.mark.parametrize("when, saved", [("within the run", "2"), ("after the last step", "4")])
 def test_a_signal_during_held_out_evaluation_is_obeyed(
     folder, tmp_path, monkeypatch, own_data, reward_odd_lengths, when, saved
 ):
     """Between two of its batches; resumed, the run is the one that never stopped."""
     flags = own_data | dict(max_steps=4, save_every=9, eval_data=str(folder / "test.jsonl"), eval_every=2)
+    flags |= dict(eval_batch_size=4)
     run_script("train_grpo", folder, tmp_path / "whole", **flags)
     batches, plain = [], evaluate.predict  # 3 batches an evaluation, before the steps 0 and 2 and after 3
 
