@@ -330,8 +330,8 @@ def repeated_logps(model, inputs: dict, ids: torch.Tensor, mask: torch.Tensor, t
     inputs = {name: value.repeat_interleave(G, 0) for name, value in inputs.items()}
     inputs["input_ids"] = torch.cat([inputs["input_ids"], ids.flatten(0, 1)], 1)  # (B*G, P+T)
     inputs["attention_mask"] = torch.cat([inputs["attention_mask"], mask.flatten(0, 1).long()], 1)
-    logits = model(**inputs, position_ids=prompt_positions(inputs["attention_mask"])).logits[:, P - 1 : -1]
-    logps = (logits.float() / temperature).log_softmax(-1)  # (B*G, T, V)
+    logits = model(**inputs).logits[:, P - 1 : -1].float()  # (B*G, T, V)
+    logps = (logits / temperature).log_softmax(-1)
     return logps.gather(2, ids.flatten(0, 1)[..., None]).view(B, G, T) * mask
 
 

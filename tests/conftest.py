@@ -23,6 +23,12 @@ from model import load_model  # noqa: E402
 torch.set_num_threads(2)
 
 
+def pytest_configure(config):
+    """GPUs are for the tests of them: what runs on a CPU is compared to the bit."""
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def load_examples(*args, **flags):
     """Without the hash of the file."""
     return load_with_hash(*args, **flags)[0]

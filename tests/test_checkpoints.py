@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT, SGD, as_flags, assert_same_run, launch, metrics, run_script, training_code, weights
 from conftest import config as short_config
 
+import checkpoints
 import model as model_module
 from checkpoints import list_states
 from data import BadInput, stream_indices
@@ -345,3 +346,53 @@ def test_under_fsdp2_processes_may_stop_sampling_at_other_lengths(folder, tmp_pa
     lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [0, 1, 2]
     assert all(2 < line["completion_tokens"] < 5 for line in lines)
+
+
+# ---------------------------------------------------------------- for a GPU
+
+
+def test_fused_adamw_resumes_to_the_bit(folder, tmp_path, monkeypatch):
+    """It wants its count of steps where the parameter is; a CPU knows it, too."""
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda p, fused, **more: adamw(p, fused=True, **more))
+    train("train_sft", folder, tmp_path / "whole", keep_states=9)
+    undo(tmp_path / "whole", tmp_path / "run", 2)
+    train("train_sft", folder, tmp_path / "run", keep_states=9, resume=True)
+    assert_same_to_the_bit(tmp_path / "whole", tmp_path / "run")
+
+
+def test_lora_gathers_what_is_trained(folder, tmp_path, monkeypatch):
+    gathered, plain = [], checkpoints.whole
+    monkeypatch.setattr(checkpoints, "whole", lambda tensor: gathered.append(tensor.nbytes) or plain(tensor))
+    train("train_sft", folder, tmp_path / "run", lora_rank=2, max_steps=1, eval_data="")
+    adapters = sum(weight.nbytes for weight in weights(tmp_path / "run").values())
+    assert sum(gathered) == adapters < 0.1 * (folder / "model" / "model.safetensors").stat().st_size
+
+
+def test_what_is_saved_is_flushed_file_by_file(folder, tmp_path, monkeypatch):
+    flushed, plain = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: flushed.append(os.fstat(number).st_ino) or plain(number))
+    train("train_sft", folder, tmp_path / "run", max_steps=2, eval_data="")
+    files = [path for path in (tmp_path / "run" / "checkpoint-2").rglob("*") if path.is_file()]
+    assert len(files) > 5 and {path.stat().st_ino for path in files} <= set(flushed)
+
+
+@pytest.mark.slow
+def test_ddp_holds_gradients_once(folder, tmp_path):
+    """They are views of DDP's buckets, and stay so after an update: few storages, as large as the weights."""
+    code = (
+        "import training\nplain, seen = training.lap, []\n"
+        "def lap(run, phase):\n"
+        "    if phase == 'update':\n"
+        "        grads = [p.grad for p in run.model.parameters() if p.requires_grad]\n"
+        "        seen.append({g.untyped_storage().data_ptr(): g.untyped_storage().nbytes() for g in grads})\n"
+        "        total = 4 * sum(p.numel() for p in run.model.parameters() if p.requires_grad)\n"
+        "        assert all(not g.any() for g in grads) and len(seen[-1]) < len(grads) / 4, len(seen[-1])\n"
+        "        assert total <= sum(seen[-1].values()) < 1.1 * total, (total, seen)\n"
+        "        assert len(seen) < 3 or seen[-1] == seen[-2], seen\n"
+        "    return plain(run, phase)\n"
+        "training.lap = lap\n"
+    )
+    flags = as_flags(config("train_grpo", folder, tmp_path / "run", eval_data=""))
+    launch(training_code("train_grpo", code), *flags)
+    assert len(metrics(tmp_path / "run")) == 5

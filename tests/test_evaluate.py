@@ -4,6 +4,7 @@ import random
 import re
 import shutil
 import sys
+import time
 from collections import Counter
 from itertools import groupby
 
@@ -531,3 +532,39 @@ def test_files_that_cannot_be_compared_are_refused(tmp_path, monkeypatch):
             run_evaluate(monkeypatch, "--compare", tmp_path / "a.json", tmp_path / f"{other}.json")
     with pytest.raises(BadInput, match="no answers to compare with"):
         run_evaluate(monkeypatch, "--compare", tmp_path / "bare.json", tmp_path / "bare.json")
+
+
+def test_processes_wait_for_each_other_for_hours(monkeypatch, flags):
+    handlers = []
+
+    def stop(kwargs_handlers):
+        handlers.extend(kwargs_handlers)
+        raise BadInput("enough")
+
+    monkeypatch.setattr(evaluate, "Accelerator", stop)
+    with pytest.raises(BadInput, match="enough"):
+        run_evaluate(monkeypatch, *flags)
+    assert handlers[0].timeout.total_seconds() >= 7200
+
+
+def test_features_are_fp32_and_made_ahead(folder, monkeypatch, flags, toy_model):
+    """In a thread, whose autocast is its own; the next batch before the one at work is answered."""
+    order, plain_prepare, plain_predict = [], evaluate.prepare, evaluate.predict
+
+    def prepare(*args):
+        order.append("prepare")
+        asked = plain_prepare(*args)
+        assert asked.inputs["input_features"].dtype == torch.float32
+        return asked
+
+    def predict(*args):
+        while order.count("prepare") < min(12 // 4, order.count("predict") + 2):
+            time.sleep(0.01)
+        order.append("predict")
+        return plain_predict(*args)
+
+    monkeypatch.setattr(evaluate, "prepare", prepare)
+    monkeypatch.setattr(evaluate, "predict", predict)
+    with torch.autocast("cpu", torch.bfloat16):
+        run_evaluate(monkeypatch, *flags, "--batch_size", 4)
+    assert order.count("predict") == 3

@@ -1,17 +1,31 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import benchmark
 import numpy as np
 import pytest
 import torch
-from conftest import inputs_of, random_completions
+from conftest import ROOT, inputs_of, random_completions
+from safetensors.torch import load_file, save_file
 
+import flags
 import model as model_module
 from data import BadInput, decode, select_rows
-from model import Policy, check_memory, draw, encode_audio, eos_tokens, frozen_dtype, load_frozen
+from model import (
+    Policy,
+    additive_mask,
+    check_memory,
+    draw,
+    encode_audio,
+    eos_tokens,
+    frozen_dtype,
+    load_frozen,
+)
 from model import load_model, repeated_logps, sample, shared_prompt_logps
 
 GROUPS = {
@@ -39,6 +53,46 @@ def test_a_damaged_model_is_refused(folder, tmp_path):
     os.truncate(tmp_path / "model" / "model.safetensors", 1000)
     with pytest.raises(BadInput, match="model: cannot load the model"):
         load_model(str(tmp_path / "model"))
+
+
+def test_the_hubs_own_layout_loads(folder, toy_model, examples, tmp_path):
+    """Five shards with the names of old, an index, keys of old, and a sampling configuration to be kept away."""
+    model, processor = toy_model
+    hub, weights = tmp_path / "hub", load_file(folder / "model" / "model.safetensors")
+    shutil.copytree(folder / "model", hub)
+    (hub / "model.safetensors").unlink()
+    assert all(
+        name.startswith(("audio_tower.", "language_model.", "multi_modal_projector.")) for name in weights
+    )
+    index, names = {}, sorted(weights)
+    for n in range(5):
+        file = f"model-0000{n + 1}-of-00005.safetensors"
+        save_file({name: weights[name] for name in names[n::5]}, hub / file, {"format": "pt"})
+        index |= dict.fromkeys(names[n::5], file)
+    total = sum(weight.nbytes for weight in weights.values())
+    index = {"metadata": {"total_size": total}, "weight_map": index}
+    (hub / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((hub / "config.json").read_text())
+    placeholder = config.pop("audio_token_id", None) or config["audio_token_index"]
+    (hub / "config.json").write_text(
+        json.dumps(config | {"audio_token_index": placeholder, "ignore_index": -100})
+    )
+    # the template within the tokenizer's configuration, the feature extractor's in a file of its own
+    template = (hub / "chat_template.jinja").read_text()
+    (hub / "chat_template.jinja").unlink()
+    tokenizer = json.loads((hub / "tokenizer_config.json").read_text())
+    (hub / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"chat_template": template}))
+    settings = json.loads((hub / "processor_config.json").read_text())
+    (hub / "preprocessor_config.json").write_text(json.dumps(settings.pop("feature_extractor")))
+    (hub / "processor_config.json").unlink()
+    loaded, own = load_model(str(hub), torch.float32)
+    assert loaded.generation_config.top_k == 20 and loaded.generation_config.repetition_penalty == 1.1
+    inputs, plain = inputs_of(own, examples[:2]), inputs_of(processor, examples[:2])
+    assert all(torch.equal(inputs[name], plain[name]) for name in plain)
+    ids, mask = random_completions([[3, 2], [4, 1]])
+    one, two = (shared_prompt_logps(m.eval(), inputs, ids, mask, 1.0) for m in (model, loaded))
+    assert torch.equal(one, two)
+    assert torch.equal(sample(model, inputs, [0], 8)[0], sample(loaded, inputs, [0], 8)[0])
 
 
 # ---------------------------------------------------------------- log-probs
@@ -279,6 +333,67 @@ def test_every_eos_of_the_generation_config_counts(toy_model):
     assert set(names) == {"<|endoftext|>", "<|im_end|>"}
     model.generation_config.eos_token_id = None
     assert eos_tokens(model, processor) == [processor.tokenizer.eos_token_id]
+
+
+# ---------------------------------------------------------------- for a GPU
+
+
+def test_cudnn_attention_is_off():
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize(
+    "own", [{}, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, {"PYTORCH_ALLOC_CONF": "x"}]
+)
+def test_segments_are_expandable_unless_the_user_says_otherwise(own):
+    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+    clean = {key: value for key, value in os.environ.items() if key not in names}
+    code = f"import os, model; print([os.environ.get(name) for name in {names}])"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=clean | own, capture_output=True, text=True, check=True)
+    expected = own or {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    assert done.stdout.strip() == str([expected.get(name) for name in names])
+
+
+@pytest.mark.parametrize("keys", [1, 7, 8, 13])
+def test_masks_have_attentions_type_and_aligned_rows(keys):
+    visible = torch.rand(2, 3, keys) > 0.5
+    for dtype, context in (
+        (torch.float32, nullcontext()),
+        (torch.bfloat16, torch.autocast("cpu", torch.bfloat16)),
+    ):
+        with context:
+            mask = additive_mask(visible, torch.zeros(1))
+        assert mask.dtype == dtype and mask.shape == (2, 1, 3, keys) and mask.stride()[2] % 8 == 0
+        assert torch.equal(mask[:, 0] == 0, visible) and torch.equal(mask[:, 0] == -torch.inf, ~visible)
+
+
+def test_every_mask_of_sampling_and_scoring_is_made_once_and_additive(toy_model, examples, monkeypatch):
+    model, processor = toy_model
+    inputs, made, masks = inputs_of(processor, examples[4:6]), [], []
+    monkeypatch.setattr(model_module, "additive_mask", lambda *args: made.append(1) or additive_mask(*args))
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*args, attn_mask=None, **more):
+        if attn_mask is not None and args[0].shape[-1] == 32 and attn_mask.shape[1] == 1:
+            masks.append(attn_mask.dtype)
+        return attention(*args, attn_mask=attn_mask, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    shared_prompt_logps(model, inputs, *random_completions([[3, 2], [4, 1]]), 1.0)
+    assert len(made) == 1 and torch.float32 in masks
+    sample(model, inputs, [0], 5, 1.0, uniform(2, 3, 5))
+    assert len(made) == 2  # one for all rounds
+
+
+def test_a_gpu_that_is_not_found_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(flags.os.path, "exists", lambda path: path.startswith("/proc/driver/nvidia"))
+    flags.warn_of_a_gpu_not_found()
+    assert capsys.readouterr().out == ""  # the tests hide GPUs
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    flags.warn_of_a_gpu_not_found()
+    assert "no GPU is used, though the machine has one" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- memory

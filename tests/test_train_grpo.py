@@ -79,6 +79,9 @@ def test_bf16_starts_at_the_reference_and_keeps_fp32_masters(folder, tmp_path, l
     if not lora_rank:
         model, _ = load_model(str(tmp_path / "run"))
         assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+        saved = json.loads((tmp_path / "run" / "config.json").read_text())
+        parts = [saved, saved["text_config"], saved["audio_config"]]
+        assert [part["dtype"] for part in parts] == ["bfloat16"] * 3
 
 
 def test_policy_and_reference_agree_at_first_and_then_part(folder, tmp_path, reward_odd_lengths, plain_sgd):
