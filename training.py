@@ -330,6 +330,8 @@ def log(run: Run, metrics: dict, shown: tuple[str, ...]) -> None:
     """Take the metrics of a step, to be written after it, as means over processes; show some on the bar."""
     metrics = run.metrics | metrics | {"lr": run.optimizer.param_groups[0]["lr"]}
     metrics |= {f"seconds_{phase}": value for phase, value in run.seconds.items()}
+    if run.accelerator.device.type == "cuda":
+        metrics["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9  # at most, so far
     run.metrics = mean_over_processes(run, metrics)
     total = round(sum(run.seconds.values()), 2)
     run.bar.set_postfix({name: run.metrics[name] for name in shown} | {"seconds": total})

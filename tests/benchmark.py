@@ -1,7 +1,9 @@
 """What sharing the prompt is worth, and where the time goes: shared against repeated, the same tokens.
 
-    python tests/benchmark.py                             # a small Qwen2-Audio on a CPU, a quarter of an hour
+    python tests/benchmark.py                             # a small Qwen2-Audio on a CPU, five minutes
+    python tests/benchmark.py --growth                    # and how an update grows: 15 GB, ten minutes more
     python tests/benchmark.py --size 7b --json 7b.json    # the real configuration, random weights, bf16, GPU
+    python tests/benchmark.py --arithmetic                # 1 to 64 GPUs, on paper
 
 "Repeated" is upstream's way: prompt and audio G times through the encoder and the language model (`generate`
 with num_return_sequences), padded rows, full-vocabulary logits of every position. The small model is scaled
@@ -39,12 +41,9 @@ from model import repeated_logps, sample, shared_prompt_logps  # noqa: E402
 from training import now  # noqa: E402
 
 TEXT_TOKENS, PLACEHOLDER = 60, 5
-SETTINGS = [
-    (8, 10, (10, 16)),
-    (16, 10, (10, 16)),
-    (8, 30, (10, 16)),
-    (8, 10, (64, 128)),
-]  # G, seconds of sound, tokens
+# G, seconds of sound, tokens of a completion
+SETTINGS = [(8, 10, (10, 16)), (8, 30, (10, 16)), (8, 10, (64, 128))]
+GROWN = (16, 10, (10, 16))
 
 
 def make_model(size: str, device: str = "cpu", dtype: torch.dtype = torch.float32):
@@ -151,7 +150,7 @@ def memory(model, logps, *args) -> int:
     return sum(size for place, size in kept.items() if place not in weights)
 
 
-def compare(model, G: int, clip_seconds: int, completion_tokens: tuple[int, int], repeats: int = 3) -> dict:
+def compare(model, G: int, clip_seconds: int, completion_tokens: tuple[int, int], repeats: int = 2) -> dict:
     """Seconds and MiB of both ways, and their ratios, medians over paired repeats."""
     inputs, ids, mask = make_group(model, 1, G, clip_seconds, completion_tokens)
     with torch.no_grad():
@@ -200,8 +199,8 @@ def update_seconds(model, G: int, completion_tokens: tuple[int, int], repeats: i
     return statistics.median([seconds(update) for _ in range(repeats + 1)][1:])
 
 
-def whole_step(model, micro_batch: int, prompts: int = 16) -> dict:
-    """Seconds by phase of the third step of train_grpo.py: LoRA, 8 completions of 16 tokens, 10 s clips.
+def whole_step(model, micro_batch: int, prompts: int = 16, prompt="answer", tokens: int = 16) -> dict:
+    """The third step of train_grpo.py, LoRA, 8 completions, 10 s clips: seconds by phase, peak GPU memory.
 
     Frees the model, which train_grpo.py loads from a folder.
     """
@@ -221,14 +220,14 @@ def whole_step(model, micro_batch: int, prompts: int = 16) -> dict:
                 file.write(json.dumps(row | {"audio": f"{i}.wav"}) + "\n")
         flags = f"--model {folder}/model --data {folder}/train.jsonl --output {folder}/run"
         flags += " --lora_rank 16 --lr 1e-5"
-        flags += (
-            f" --prompts_per_step {prompts} --micro_batch {micro_batch} --max_new_tokens 16 --max_steps 3"
-        )
+        flags += f" --prompts_per_step {prompts} --micro_batch {micro_batch} --max_steps 3"
+        flags += f" --prompt {prompt} --max_new_tokens {tokens}"
         command = [sys.executable, str(ROOT / "train_grpo.py"), *flags.split()]
         subprocess.run(command, env=os.environ | {"ACCELERATE_MIXED_PRECISION": precision}, check=True)
         step = [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl")][-1]
     phases = {name: step[f"seconds_{name}"] for name in ("sample", "score", "update", "other")}
-    return phases | {"micro_batch": micro_batch}
+    more = {"tokens": step["completion_tokens"], "memory_gb": step.get("memory_gb", 0.0)}
+    return phases | more | {"micro_batch": micro_batch, "prompt": prompt}
 
 
 def needed_flops(
@@ -281,15 +280,102 @@ def show(found: list[dict]) -> None:
         print(f"| {setting} | memory | {sizes} | {row['ratio']['memory']:.1f} |")
 
 
+def show_step(found: dict) -> None:
+    phases = {name: found[name] for name in ("sample", "score", "update", "other")}
+    parts = ", ".join(f"{name} {value:.2f}" for name, value in phases.items())
+    setting = f"16 prompts x 8 with LoRA, {found['prompt']}, {found['tokens']:.0f} tokens each"
+    memory = f", at most {found['memory_gb']:.1f} GB" if found["memory_gb"] else ""
+    seconds = f"{sum(phases.values()):.2f} s ({parts})"
+    print(f"\na whole step, {setting}, micro_batch {found['micro_batch']}: {seconds}{memory}")
+
+
+def show_growth(model) -> dict:
+    """How an update grows with the group and with the length of its completions."""
+    lengths = (8, 16, 32, 64, 128, 256, 512)
+    found = {
+        "G, 10 to 16 tokens each": {G: update_seconds(model, G, (10, 16)) for G in (1, 2, 4, 8, 16, 32, 64)},
+        "tokens each, G 8": {T: update_seconds(model, 8, (T, T)) for T in lengths},
+    }
+    for title, table in found.items():
+        print(f"\n| {title} | {' | '.join(map(str, table))} |\n|{' --- |' * (len(table) + 1)}")
+        print(f"| update, s | {' | '.join(f'{value:.2f}' for value in table.values())} |")
+    return found
+
+
+# ---------------------------------------------------------------- on paper
+
+CARD = {"TFLOP/s": 989, "TB/s": 3.35, "GB/s within a node": 450, "GB/s between nodes": 50}  # H100 SXM, bf16
+SHARE = 0.45  # of the card's matrix rate
+METHODS = "LoRA, DDP", "all weights, FSDP2", "all weights, FSDP2 in a node, copies across"
+
+
+def arithmetic(prompts: int = 16, G: int = 8, tokens: int = 13) -> list[tuple]:
+    """Rows of (method, GPUs, seconds of compute, of decoding, bytes held, moved in the node, between nodes).
+
+    Of a step and one GPU. Counted: operations (needed_flops; the encoder once under LoRA), weights read once
+    for each token decoded, bytes held (see check_memory) and moved. Not: launches, activations, overlap.
+    """
+    model = make_model("7b", "meta")
+    n, adapters = sum(p.numel() for p in model.parameters()), 40e6
+    flops = needed_flops(model, G, 10, tokens)
+    language = flops["prompt"] + flops["completions"]
+    rows = []
+    for gpus in (1, 8, 16, 64):
+        own, nodes = max(1, prompts // gpus), max(1, gpus // 8)  # prompts of a GPU; past 16 GPUs more prompts
+        decode = tokens * 2 * n / (CARD["TB/s"] * 1e12)
+        for method in METHODS:
+            if method.startswith("LoRA"):
+                # prefill, reference, forward, and backward through activations only
+                work = own * (flops["encoder"] + flops["prompt"] + 3 * language)
+                held = 2 * n + 16 * adapters
+                moved = 2 * 4 * adapters * (gpus > 1)
+                across = moved * (nodes > 1)
+            else:
+                # prefill, reference, forward and backward
+                work = own * (flops["encoder"] + flops["prompt"] + 4 * sum(flops.values()))
+                shards = gpus if method.endswith("FSDP2") else min(gpus, 8)
+                held = (16 + 2) * n / shards + 2 * n * (gpus > 1)  # and all in bf16 while it samples
+                # gathered for sampling; for each prompt: reference, forward and backward, gradients
+                whole = (2 * n + own * (3 * 2 * n + 4 * n)) * (shards > 1)
+                copies = 2 * 4 * n / shards * (method.endswith("across") and nodes > 1)
+                moved = whole
+                across = whole if nodes > 1 and shards > 8 else copies
+            rows.append((method, gpus, work / (SHARE * CARD["TFLOP/s"] * 1e12), decode, held, moved, across))
+    return rows
+
+
+def show_arithmetic() -> None:
+    card = ", ".join(f"{value} {name}" for name, value in CARD.items())
+    print(f"by arithmetic, not measured: {card}; {SHARE:.0%} of the matrix rate; one GPU's part of a step of")
+    print("16 prompts x 8, 10 s clips, 13 tokens; past 16 GPUs, of as many prompts as GPUs\n")
+    print("| | GPUs | compute, s | decoding, s | held, GB | moved in the node | between nodes | bound by |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for method, gpus, compute, decode, held, moved, across in arithmetic():
+        seconds = {
+            "compute": compute,
+            "decoding": decode,
+            "the node's links": moved / CARD["GB/s within a node"] / 1e9,
+            "links between nodes": across / CARD["GB/s between nodes"] / 1e9,
+        }
+        sizes = " | ".join(f"{size / 1e9:.1f}" for size in (held, moved, across))
+        slowest = max(seconds, key=seconds.get)
+        row = f"{method} | {gpus} | {compute:.2f} | {decode:.2f} | {sizes}"
+        print(f"| {row} | {slowest}, {seconds[slowest]:.2f} s |")
+
+
 @dataclass
 class Config:
-    size: str = HfArg(default="small", help="small, or 7b: the real configuration, on a CUDA GPU of 141 GB")
+    size: str = HfArg(default="small", help="small, or 7b: the real configuration, on a GPU")
+    growth: bool = HfArg(default=False, help="also how an update grows: 15 GB, ten minutes")
+    arithmetic: bool = HfArg(default=False, help="only print what 1 to 64 GPUs would take, on paper")
     json: str = HfArg(default="", help="also write the numbers to this file")
     micro_batch: int = HfArg(default=4, help="prompts in one forward of the whole step")
 
 
 def main() -> None:
     config = parse(Config, __doc__)
+    if config.arithmetic:
+        return show_arithmetic()
     real = config.size == "7b"
     if real and not torch.cuda.is_available():
         raise BadInput("--size 7b needs a CUDA GPU, and none is there")
@@ -300,34 +386,29 @@ def main() -> None:
     print(f"{config.size} on {device}, torch {torch.__version__}, transformers {transformers.__version__}")
     print(f"one shared pass: {split}")
 
-    found = {"size": config.size, "device": device, "settings": []}
-    for setting in SETTINGS:
-        found["settings"].append(compare(model, *setting))
+    found = {"size": config.size, "device": device}
+    found["settings"] = [compare(model, *setting) for setting in SETTINGS + [GROWN] * config.growth]
     show(found["settings"])
+    if config.growth:
+        found["growth"] = show_growth(model)
 
-    found["update_by_group_size"] = {G: update_seconds(model, G, (10, 16)) for G in (1, 2, 4, 8, 16, 32, 64)}
-    lengths = (8, 16, 32, 64, 128, 256, 512)
-    found["update_by_completion_tokens"] = {T: update_seconds(model, 8, (T, T)) for T in lengths}
-    for title, table in (
-        ("G", "update_by_group_size"),
-        ("tokens of each of 8", "update_by_completion_tokens"),
-    ):
-        table = found[table]
-        print(f"\n| {title} | {' | '.join(map(str, table))} |\n|{' --- |' * (len(table) + 1)}")
-        print(f"| update, s | {' | '.join(f'{value:.3f}' for value in table.values())} |")
-
+    first = found["settings"][0]
     rate = matrix_rate(model.device, model.dtype)
     flops = 3 * sum(needed_flops(model, 8, 10, 13).values())  # the backward pass is twice the forward pass
     found["matrix_tflops"], found["update_tflop"] = rate / 1e12, flops / 1e12
-    found["update_share"] = flops / found["settings"][0]["seconds"]["update"]["shared"] / rate
+    found["update_share"] = flops / first["seconds"]["update"]["shared"] / rate
     share = f"{found['update_share']:.0%} of the {rate / 1e12:.3g} TFLOP/s of a large matrix product"
     print(f"\nupdate: {flops / 1e12:.3g} TFLOP at {share}")
+    sampling = first["seconds"]["sample"]["shared"] - first["seconds"]["prefill"]["shared"]
+    found["seconds_a_token"] = sampling / (first["completion_tokens"][1] - 1)
+    print(f"decoding: {found['seconds_a_token']:.4f} s a token, 8 completions side by side")
 
-    found["step"] = whole_step(model, config.micro_batch)
-    step = {name: found["step"][name] for name in ("sample", "score", "update", "other")}
-    parts = ", ".join(f"{name} {value:.2f}" for name, value in step.items())
-    setting = f"16 prompts x 8 with LoRA, micro_batch {config.micro_batch}"
-    print(f"\na whole step, {setting}: {sum(step.values()):.2f} s ({parts})")
+    found["steps"] = [whole_step(model, config.micro_batch)]
+    if real:  # a model thinks
+        model = make_model("7b", "cuda", torch.bfloat16)
+        found["steps"].append(whole_step(model, 1, prompt="think", tokens=256))
+    for step in found["steps"]:
+        show_step(step)
     if config.json:
         Path(config.json).write_text(json.dumps(found, indent=2) + "\n")
 

@@ -49,16 +49,37 @@ def test_the_small_model_splits_its_cost_as_the_real_one(small):
 
 def test_numbers_go_to_a_file(tmp_path, monkeypatch, capsys):
     compare = benchmark.compare
+    step = dict(
+        sample=1.0, score=1.0, update=1.0, other=0.1, tokens=16, memory_gb=0.0, micro_batch=4, prompt="answer"
+    )
     monkeypatch.setattr(benchmark, "SETTINGS", [TINY])
-    monkeypatch.setattr(benchmark, "update_seconds", lambda *args: 1.0)
-    step = {"sample": 1.0, "score": 1.0, "update": 1.0, "other": 0.1}
     monkeypatch.setattr(benchmark, "whole_step", lambda *args: step)
     monkeypatch.setattr(benchmark, "compare", lambda model, *args: compare(model, *args, repeats=1))
     monkeypatch.setattr("sys.argv", ["benchmark.py", "--json", str(tmp_path / "found.json")])
     benchmark.main()
     (row,) = json.load(open(tmp_path / "found.json"))["settings"]
     assert (row["group_size"], row["clip_seconds"], row["completion_tokens"]) == (4, 2, [3, 5])
-    assert f"| {row['ratio']['update']:.1f} |" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert (
+        f"| {row['ratio']['update']:.1f} |" in out and "s a token" in out and ": 3.10 s (sample 1.00" in out
+    )
+
+
+def test_the_arithmetic_past_one_node(monkeypatch, capsys):
+    """Of one GPU: the table's sums by hand, for n parameters of 2 bytes in bf16."""
+    n = sum(p.numel() for p in benchmark.make_model("7b", "meta").parameters())
+    rows = {row[:2]: row[2:] for row in benchmark.arithmetic()}
+    compute, decode, held, moved, across = rows["all weights, FSDP2", 8]
+    assert held == 18 * n / 8 + 2 * n and decode == 13 * 2 * n / 3.35e12 and across == 0
+    assert moved == 2 * n + 2 * (3 * 2 * n + 4 * n)  # two prompts a GPU
+    assert rows["all weights, FSDP2", 16][4] == 2 * n + 10 * n  # crosses nodes whole
+    assert rows["all weights, FSDP2 in a node, copies across", 16][4] == 2 * 4 * n / 8
+    assert (
+        rows["LoRA, DDP", 16][0] == rows["LoRA, DDP", 64][0] == rows["LoRA, DDP", 1][0] / 16
+    )  # 16 prompts feed 16
+    monkeypatch.setattr("sys.argv", ["benchmark.py", "--arithmetic"])
+    benchmark.main()
+    assert capsys.readouterr().out.count("\n| ") == 1 + 1 + 12
 
 
 @pytest.mark.slow

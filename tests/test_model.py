@@ -56,7 +56,7 @@ def test_a_damaged_model_is_refused(folder, tmp_path):
 
 
 def test_the_hubs_own_layout_loads(folder, toy_model, examples, tmp_path):
-    """Five shards with the names of old, an index, keys of old, and a sampling configuration to be kept away."""
+    """Five shards with legacy names, an index, legacy keys, and a sampling configuration to be kept away."""
     model, processor = toy_model
     hub, weights = tmp_path / "hub", load_file(folder / "model" / "model.safetensors")
     shutil.copytree(folder / "model", hub)
