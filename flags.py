@@ -106,9 +106,7 @@ class TrainConfig:
     model: str = HfArg(default=DEFAULT_MODEL, help="hub name or folder of a Qwen2-Audio model")
     data: str = HfArg(default="", help="training questions: JSON or JSON Lines, see README")
     audio_dir: str = HfArg(default="", help="folder of the clips; empty: beside the questions")
-    skip_bad_audio: bool = HfArg(
-        default=False, help="skip clips that cannot be read and count them; else stop"
-    )
+    skip_bad_audio: bool = HfArg(default=False, help="skip and count what cannot be read, and do not stop")
     eval_data: str = HfArg(default="", help="questions to measure accuracy on while training; empty: none")
     eval_every: int = HfArg(default=100, help="steps between two such measurements")
     eval_batch_size: int = HfArg(default=16, help="questions that a process answers together in them")
@@ -120,22 +118,14 @@ class TrainConfig:
     lr: float = HfArg(default=1e-6, help="AdamW's learning rate at the start, decaying linearly to 0")
     max_steps: int = HfArg(default=1000, help="steps of prompts_per_step prompts")
     resume: bool = HfArg(default=False, help="go on from the newest checkpoint in --output")
-    save_every: int = HfArg(
-        default=100, help="steps between checkpoints, and between groups that are printed"
-    )
-    keep_states: int = HfArg(
-        default=1, help="newest checkpoints that stay resumable; of others the model stays"
-    )
-    skip_steps: list[int] = HfArg(
-        default_factory=list, help="steps to leave out, such as one with a nan loss"
-    )
+    save_every: int = HfArg(default=100, help="steps between checkpoints, and between printed groups")
+    keep_states: int = HfArg(default=1, help="newest checkpoints that stay resumable; others keep the model")
+    skip_steps: list[int] = HfArg(default_factory=list, help="steps to leave out: one whose loss is nan")
     seed: int = HfArg(default=42, help="seeds data order, sampling, new adapters and their dropout")
     freeze_audio_encoder: bool = HfArg(default=False, help="train the language model and the projector only")
     lora_rank: int = HfArg(default=0, help="train adapters of this rank (LoRA); 0: train the weights")
     lora_alpha: float = HfArg(default=32.0, help="the adapters' output is multiplied by alpha / rank")
-    lora_dropout: float = HfArg(
-        default=0.0, help="before the adapters; then the sampler is not quite the policy"
-    )
+    lora_dropout: float = HfArg(default=0.0, help="before the adapters; the sampler has none")
     lora_target: str = HfArg(default="language", help="layers: language, all (the encoder's too), or a regex")
     merge: bool = HfArg(default=False, help="LoRA: also write the merged final model, to merged in --output")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, more time")

@@ -20,6 +20,7 @@ import soxr
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from matplotlib.figure import Figure
 from transformers import (
     GenerationConfig,
     Qwen2AudioConfig,
@@ -32,7 +33,7 @@ from transformers import (
 )
 
 from checkpoints import read_metrics
-from data import PROMPTS, SAMPLE_RATE, BadInput, lock_folder, write_whole
+from data import PROMPTS, SAMPLE_RATE, BadInput, lock_folder
 from flags import TrainConfig, is_given, run_command
 
 FOLDER = "runs/toy"
@@ -85,38 +86,25 @@ def bursts(count: int, rng) -> np.ndarray:
 
 def melody(shape: str, instrument: str, rng) -> np.ndarray:
     """A whole clip of four notes that go a way, on an instrument."""
-    steps = {"up": [0, 1, 2, 3], "down": [3, 2, 1, 0], "up then down": [0, 2, 2, 0], "nowhere": [1, 1, 1, 1]}[
-        shape
-    ]
-    harmonics = {
-        "flute": [1],
-        "organ": [1, 0, 0.7, 0, 0.5, 0, 0.4],
-        "trumpet": [0.6, 1, 1, 0.9, 0.7, 0.5, 0.4, 0.3],
-    }
+    shapes = {"up": [0, 1, 2, 3], "down": [3, 2, 1, 0], "up then down": [0, 2, 2, 0], "nowhere": [1, 1, 1, 1]}
+    harmonics = {"flute": [1], "organ": [1, 0, 0.7, 0, 0.5, 0, 0.4]}
+    harmonics["trumpet"] = [0.6, 1, 1, 0.9, 0.7, 0.5, 0.4, 0.3]
     overtones, decay = harmonics.get(instrument, [1, 0.5, 0.3, 0.2]), 8 if instrument == "harp" else 1
     n, base, width = SECONDS * SAMPLE_RATE // 4, rng.uniform(240, 300), rng.uniform(5, 7)
-    return np.concatenate(
-        [tone(np.full(n, base * 2 ** (k * width / 12)), overtones) * envelope(n, decay) for k in steps]
-    )
+    pitches = [base * 2 ** (k * width / 12) for k in shapes[shape]]
+    return np.concatenate([tone(np.full(n, pitch), overtones) * envelope(n, decay) for pitch in pitches])
 
 
-VOWELS = {
-    "a": (800, 1200),
-    "e": (450, 2100),
-    "i": (280, 2500),
-    "o": (450, 850),
-    "u": (310, 700),
-}  # formants, Hz
+# formants, Hz
+VOWELS = {"a": (800, 1200), "e": (450, 2100), "i": (280, 2500), "o": (450, 850), "u": (310, 700)}
 
 
 def voice(vowel: str, contour: str, rng) -> np.ndarray:
     """A vowel on a pitch that rises, falls, does both or stays."""
     n = int(rng.uniform(1.2, SECONDS) * SAMPLE_RATE)
     x = np.linspace(0, 1, n)
-    bend = {"rising": x, "falling": 1 - x, "rising then falling": 1 - abs(2 * x - 1), "flat": 0 * x + 0.5}[
-        contour
-    ]
-    pitch = rng.uniform(130, 160) * 2 ** (bend * rng.uniform(1.3, 1.6))
+    bends = {"rising": x, "falling": 1 - x, "rising then falling": 1 - abs(2 * x - 1), "flat": 0 * x + 0.5}
+    pitch = rng.uniform(130, 160) * 2 ** (bends[contour] * rng.uniform(1.3, 1.6))
     overtones = [
         sum(1 / (1 + ((k * pitch.mean() - f) / 120) ** 2) for f in VOWELS[vowel]) + 0.02 for k in range(1, 20)
     ]
@@ -281,20 +269,14 @@ def toy_flags(method: str, config: TrainConfig) -> list[str]:
     """
     accelerator, output = Accelerator(), f"{FOLDER}/{method}"
     share = max(1, config.prompts_per_step // accelerator.num_processes)  # prompts of each process
-    flags = (
-        f"--model {FOLDER}/base --data {FOLDER}/train.jsonl --eval_data {FOLDER}/test.jsonl --output {output}"
-    )
-    flags += f" --prompts_per_step {share * accelerator.num_processes} --micro_batch {share} {TRAINING}"
+    flags = f"--model {FOLDER}/base --data {FOLDER}/train.jsonl --eval_data {FOLDER}/test.jsonl"
+    flags += f" --output {output} --prompts_per_step {share * accelerator.num_processes}"
+    flags += f" --micro_batch {share} {TRAINING}"
     if accelerator.is_main_process:
-        print(
-            "No --model and no --data: this is the offline toy. The README has the paper's recipe.",
-            flush=True,
-        )
+        print("No --model and no --data: this is the offline toy. The README has the paper's recipe.")
         if not os.path.isdir(f"{FOLDER}/base"):
-            print(
-                f"making it in {FOLDER}: {N_TRAIN + N_TEST} sounds and a tiny model, about a minute",
-                flush=True,
-            )
+            size = f"{N_TRAIN + N_TEST} sounds and a tiny model"
+            print(f"making it in {FOLDER}: {size}, about a minute", flush=True)
             make()
         if os.path.isdir(output) and not config.resume and not is_given("--output"):
             lock = lock_folder(output)
@@ -347,79 +329,37 @@ def compare() -> None:
                 scores[split].append(accuracy(output, split, output, max_new_tokens))
         cells = [f"{np.mean(found):.1f} ({min(found):.1f} to {max(found):.1f})" for found in scores.values()]
         table.append(f"| {method} | {' | '.join(cells)} |")
-    print(
-        f"\naccuracy in %, mean (range) over seeds {SEEDS}\n\n| | held out | shifted |\n| --- | --- | --- |"
-    )
+    print(f"\naccuracy in %, mean (range) over seeds {SEEDS}\n\n| | held out | shifted |")
+    print("| --- | --- | --- |")
     print("\n".join(table))
 
 
 # ---------------------------------------------------------------- the picture
 
 
-def chart(
-    left: int, title: str, top: float, unit: str, series: dict[str, list[tuple[int, float]]]
-) -> list[str]:
-    """A line chart as SVG: points (step, value), values from 0 to top, drawn from `left` on."""
-    last, width, height = max(points[-1][0] for points in series.values()), 300, 180
-    svg = [f'<text x="{left}" y="24" font-weight="bold">{title}</text>']
-    for part in (0, 0.5, 1):
-        y = 50 + height * (1 - part)
-        svg += [f'<path d="M{left} {y}h{width}" stroke="#ddd"/>']
-        svg += [f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{part * top:g}{unit}</text>']
-        svg += [
-            f'<text x="{left + width * part}" y="{height + 68}" text-anchor="middle">{part * last:.0f}</text>'
-        ]
-    for n, (colour, (label, points)) in enumerate(zip(("#1f77b4", "#ff7f0e"), series.items())):
-        path = " ".join(
-            f"{left + width * step / last:.1f},{50 + height * (1 - value / top):.1f}"
-            for step, value in points
-        )
-        svg += [f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>']
-        svg += [
-            f'<text x="{left + width}" y="{height + 20 - 16 * n}" text-anchor="end" fill="{colour}">'
-            f"{label}</text>"
-        ]
-    return svg
-
-
-def draw_curves(folder: str, target: str) -> None:
+def draw_curves(folder: str, target: str) -> Figure:
     """Draw a run of GRPO: accuracy on held-out questions and of its samples, KL to the reference."""
     lines, _ = read_metrics(folder)
     if not lines:
         raise BadInput(f"{folder}: holds no run; accelerate launch train_grpo.py makes one")
 
     def smooth(key):  # means of ten steps
-        parts = [lines[i : i + 10] for i in range(0, len(lines), 10)]
-        return [(part[-1]["step"], float(np.mean([line[key] for line in part]))) for part in parts]
+        parts = [[line for line in lines[i : i + 10] if key in line] for i in range(0, len(lines), 10)]
+        return [(part[-1]["step"], np.mean([line[key] for line in part])) for part in parts if part]
 
-    held_out = [(line["step"], 100 * line["eval_accuracy"]) for line in lines if "eval_accuracy" in line]
-    lines = [line for line in lines if "kl" in line]  # the last is the final model's accuracy alone
-    sampled = [(step, 100 * value) for step, value in smooth("reward_accuracy")]
-    kl = smooth("kl")
-    svg = [
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 740 270" '
-        'font-family="sans-serif" font-size="12">'
-    ]
-    svg += ['<rect width="740" height="270" fill="white"/>']
-    svg += chart(
-        50,
-        "accuracy",
-        100,
-        " %",
-        {"held-out questions, greedy": held_out, "samples, mean of 10 steps": sampled},
-    )
-    svg += chart(
-        420,
-        "KL to the reference",
-        max(0.05, 0.05 * np.ceil(20 * max(value for _, value in kl))),
-        "",
-        {"mean of 10 steps": kl},
-    )
-    svg += [
-        '<text x="200" y="264" text-anchor="middle">step</text>'
-        '<text x="570" y="264" text-anchor="middle">step</text></svg>'
-    ]
-    write_whole(target, "\n".join(svg) + "\n")
+    held_out = [(line["step"], line["eval_accuracy"]) for line in lines if "eval_accuracy" in line]
+    figure = Figure(figsize=(9, 3.2), layout="tight")
+    left, right = figure.subplots(1, 2)
+    left.plot(*zip(*held_out), label="held-out questions, greedy")
+    left.plot(*zip(*smooth("reward_accuracy")), label="samples, mean of 10 steps")
+    left.set(title="accuracy", xlabel="step", ylim=(0, 1))
+    right.plot(*zip(*smooth("kl")), label="mean of 10 steps")
+    right.set(title="KL to the reference", xlabel="step", ylim=(0, None))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower right")
+    figure.savefig(target)
+    return figure
 
 
 def curves() -> None:
