@@ -48,16 +48,16 @@ def load_model(path: str, dtype="auto"):
         kind = AutoConfig.from_pretrained(path, **NO_CODE).model_type
         if kind != "qwen2_audio":
             raise BadInput(f"is a {kind} model, and only qwen2_audio is supported")
-        processor = load_processor(path)
+    processor = load_processor(path)
+    with loading(path):
         # sdpa takes the masks of shared_prompt_logps; eager attention would read them wrongly
         model, report = Qwen2AudioForConditionalGeneration.from_pretrained(
             path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **NO_CODE
         )
         for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if names := sorted(map(str, report[what])):
-                raise BadInput(
-                    f"its weights do not fit: {len(names)} {what.replace('_', ' ')}, first {names[0]}"
-                )
+                what = what.replace("_", " ")
+                raise BadInput(f"its weights do not fit: {len(names)} {what}, first {names[0]}")
         check_finite_weights(model.named_parameters())
         check_tokenizer(processor, model)
     return model, processor
@@ -89,8 +89,9 @@ def check_tokenizer(processor, model) -> None:
         raise BadInput(f"its tokenizer, of {len(tokenizer)} tokens, cannot spell; is a file missing?")
     if len(tokenizer) > rows:
         raise BadInput(f"its tokenizer has {len(tokenizer)} tokens, and the model {rows} embeddings")
-    if processor.audio_token_id != model.config.audio_token_id:
-        ids = f"{processor.audio_token_id} to the processor and {model.config.audio_token_id} to the model"
+    placeholder = tokenizer.convert_tokens_to_ids(processor.audio_token)
+    if placeholder != model.config.audio_token_id:
+        ids = f"{placeholder} to the processor and {model.config.audio_token_id} to the model"
         raise BadInput(f"the audio placeholder is token {ids}, which would answer without hearing")
 
 
@@ -102,9 +103,8 @@ def check_finite_weights(named_weights) -> None:
 
 def weights_hash(model) -> str:
     """What the weights are, in a few digits: the same for the same values of the same type, on any device."""
-    hashes = [
-        (name, torch.hash_tensor(p.detach()).view(torch.int64).item()) for name, p in model.named_parameters()
-    ]
+    hashes = {name: torch.hash_tensor(p.detach()).view(torch.int64) for name, p in model.named_parameters()}
+    hashes = {name: int(value) for name, value in hashes.items()}
     return hashlib.sha256(repr(hashes).encode()).hexdigest()[:16]
 
 

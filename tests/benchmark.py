@@ -207,7 +207,7 @@ def whole_step(model, micro_batch: int, prompts: int = 16, prompt="answer", toke
     with tempfile.TemporaryDirectory() as folder:
         processor = toy.make_processor(model.config.audio_config.num_mel_bins, seconds=30)
         processor.save_pretrained(f"{folder}/model")
-        model.config.audio_token_id = processor.audio_token_id
+        model.config.audio_token_id = processor.tokenizer.convert_tokens_to_ids(processor.audio_token)
         model.save_pretrained(f"{folder}/model")
         precision = "bf16" if model.device.type == "cuda" else "no"
         model.to("meta")
