@@ -42,7 +42,7 @@ from training import now  # noqa: E402
 
 TEXT_TOKENS, PLACEHOLDER = 60, 5
 # G, seconds of sound, tokens of a completion
-SETTINGS = [(8, 10, (10, 16)), (8, 30, (10, 16)), (8, 10, (64, 128))]
+SETTINGS = [(8, 10, (10, 16)), (4, 30, (10, 16)), (8, 10, (64, 128))]
 GROWN = (16, 10, (10, 16))
 
 
