@@ -305,8 +305,9 @@ def evaluate(config: Config, accelerator, examples: list[Example], digest: str, 
     left = [batch for batch in batches if not answered.keys() >= set(batch)]
     with open(os.path.join(folder, f"answers-{accelerator.process_index}.jsonl"), "a") as file:
         file.write("\n" + json.dumps(how) + "\n")  # a killed call may have left half a line
-        mine, own = left[accelerator.process_index :: accelerator.num_processes], deepcopy(processor)
-        ahead = made_ahead(lambda b: prepare(own, [examples[i] for i in b], prompt, config.silence), mine)
+        mine = left[accelerator.process_index :: accelerator.num_processes]
+        second = deepcopy(processor)  # a tokenizer is not to be used by two threads at once
+        ahead = made_ahead(lambda b: prepare(second, [examples[i] for i in b], prompt, config.silence), mine)
         for batch, asked in zip(tqdm(mine, desc="answering", disable=not is_main), ahead):
             set_seed(config.seed + batch[0])  # for --decoding model
             predictions = predict(model, processor, asked, config.max_new_tokens, config.decoding)
@@ -453,7 +454,8 @@ def main() -> None:
         check_audio(examples, skip=True)
         patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # processes end at different times
         output, accelerator = config.output or "runs/eval", Accelerator(kwargs_handlers=[patience])
-        warn_of_a_gpu_not_found()
+        if accelerator.is_main_process:
+            warn_of_a_gpu_not_found()
         if config.checkpoints:
             evaluate_checkpoints(config, accelerator, examples, digest)
         elif os.path.exists(target := os.path.join(output, "predictions.json")) and not answer_files(output):

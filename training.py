@@ -122,7 +122,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             accelerator.state.fsdp_plugin.mixed_precision_policy = precision
     elif (kind := accelerator.distributed_type) not in ("NO", "MULTI_GPU", "MULTI_CPU"):
         raise BadInput(f"{kind}: not supported; plain processes and FSDP2 are (fsdp.yaml)")
-    warn_of_a_gpu_not_found()
+    if accelerator.is_main_process:
+        warn_of_a_gpu_not_found()
     if accelerator.device.type == "cuda" and accelerator.mixed_precision == "no":
         accelerator.print("computing in fp32; `accelerate launch --mixed_precision bf16` is much faster")
     return accelerator
@@ -198,6 +199,8 @@ def steps(run: Run, accuracy: Callable[[Run], float]) -> Iterator[tuple[int, Bat
         stop_together(run, step, problem)
         if step in config.skip_steps:
             run.accelerator.print(f"step {step}: skipped, as --skip_steps says")
+            if run.metrics:  # the held-out accuracy before it
+                append_metrics(run, step)
             continue
         for group in run.optimizer.param_groups:
             group["lr"] = config.lr * (1 - step / run.max_steps)

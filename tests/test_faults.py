@@ -398,7 +398,7 @@ def test_a_step_that_stops_a_run_again_and_again_can_be_skipped(folder, tmp_path
     """Resumed, a run meets the same prompts again; the message says how to get past them."""
     plain, broken = train_grpo.policy_logps, [e.location for e in load_examples(own_data["data"])]
     broken = broken[data.stream_indices(24, 42, 4 * 2, 1)[0]]  # of step 2
-    steps, seen = training.steps, []
+    steps, seen, held_out = training.steps, [], dict(eval_data=str(folder / "test.jsonl"), eval_every=2)
 
     def spy(run, accuracy):
         for step, batch in steps(run, accuracy):
@@ -413,9 +413,11 @@ def test_a_step_that_stops_a_run_again_and_again_can_be_skipped(folder, tmp_path
     monkeypatch.setattr(train_grpo, "policy_logps", policy_logps)
     for resume in (False, True):
         with pytest.raises(BadInput, match="step 2: .*; --resume --skip_steps 2 goes on without them"):
-            run_script("train_grpo", folder, tmp_path / "run", resume=resume, **own_data)
-    run_script("train_grpo", folder, tmp_path / "run", resume=True, skip_steps=[2], **own_data)
-    assert [line["step"] for line in metrics(tmp_path / "run")] == [0, 1, 3, 4]
+            run_script("train_grpo", folder, tmp_path / "run", resume=resume, **own_data, **held_out)
+    run_script("train_grpo", folder, tmp_path / "run", resume=True, skip_steps=[2], **own_data, **held_out)
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5]
+    assert set(lines[2]) == {"step", "eval_accuracy"} and "eval_accuracy" not in lines[3]
 
 
 @pytest.mark.parametrize("when, saved", [("within the run", "2"), ("after the last step", "4")])
