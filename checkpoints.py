@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 
 import torch
@@ -101,6 +102,7 @@ def save_final(run) -> None:
     try:
         save_model(run, partial)
         if run.accelerator.is_main_process:  # the file that makes a folder loadable comes last
+            flush(partial)
             if run.config.merge:
                 shutil.rmtree(merged := os.path.join(output, "merged"), ignore_errors=True)
                 merge(partial, output=merged)
@@ -116,7 +118,7 @@ def flush(folder: str) -> None:
     """Wait until every file below a folder is on the disk."""
     for path in glob.glob(os.path.join(glob.escape(folder), "**"), recursive=True):
         if os.path.isfile(path):
-            with open(path, "rb+") as file:
+            with suppress(FileNotFoundError), open(path, "rb+") as file:  # another process may rename it
                 os.fsync(file.fileno())
 
 
@@ -174,13 +176,18 @@ def mean_over_processes(run, metrics: dict) -> dict:
     return {name: float(f"{value:.6g}") for name, value in zip(metrics, values)}
 
 
-def append_metrics(run, step: int) -> None:
-    """A line of metrics.jsonl, and to the trackers."""
+def append_metrics(run, step: int) -> OSError | None:
+    """A line of metrics.jsonl, if there are metrics, and to the trackers; returns what went wrong."""
     metrics, run.metrics = run.metrics, {}
-    run.accelerator.log(metrics, step)
-    if run.accelerator.is_main_process:
-        with open(os.path.join(run.config.output, "metrics.jsonl"), "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+    if metrics:
+        run.accelerator.log(metrics, step)
+    if metrics and run.accelerator.is_main_process:
+        try:
+            with open(os.path.join(run.config.output, "metrics.jsonl"), "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
+        except OSError as error:
+            return error
+    return None
 
 
 def is_saved(run, step: int) -> bool:

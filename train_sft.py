@@ -17,7 +17,7 @@ from transformers.hf_argparser import HfArg
 
 from data import BadInput, Example, select_rows
 from evaluate import held_out_accuracy
-from flags import TrainConfig, is_given, parse, run_main
+from flags import TrainConfig, check_at_least, is_given, parse, run_main
 from training import accumulate, finish, log, optimizer_step, policy_logps, setup, steps
 
 
@@ -43,7 +43,8 @@ def answer_batch(processor, examples: list[Example], prompt: str) -> tuple[torch
 def train(config: Config) -> None:
     if config.prompt == "think":
         raise BadInput("--prompt think: the data holds no thoughts to imitate; choose plain or answer")
-    if config.max_steps < 1 and config.epochs <= 0:
+    check_at_least(config, max_steps=0)
+    if config.max_steps == 0 and config.epochs <= 0:
         raise BadInput("nothing to do: --max_steps or --epochs must be above 0")
     run = setup(config)
     run.max_steps = config.max_steps or math.ceil(config.epochs * len(run.examples) / config.prompts_per_step)

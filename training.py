@@ -150,7 +150,8 @@ def make_output(config: TrainConfig, accelerator: Accelerator):
             raise BadInput(f"--output {output}: already holds a run or other files; {ways}")
     accelerator.wait_for_everyone()  # until all have seen the folder empty
     lock = lock_folder(output) if accelerator.is_main_process else None
-    accelerator.init_trackers("r1-aqa", asdict(config))
+    settings = {name: str(value) for name, value in asdict(config).items()}  # a tracker refuses lists
+    accelerator.init_trackers("r1-aqa", settings)
     if config.log_with and accelerator.is_main_process and not accelerator.trackers:
         raise BadInput(f"--log_with {config.log_with}: not installed, pip install {config.log_with}")
     return lock
@@ -199,8 +200,7 @@ def steps(run: Run, accuracy: Callable[[Run], float]) -> Iterator[tuple[int, Bat
         stop_together(run, step, problem)
         if step in config.skip_steps:
             run.accelerator.print(f"step {step}: skipped, as --skip_steps says")
-            if run.metrics:  # the held-out accuracy before it
-                append_metrics(run, step)
+            stop_together(run, step, append_metrics(run, step))  # the held-out accuracy, if it was due
             continue
         for group in run.optimizer.param_groups:
             group["lr"] = config.lr * (1 - step / run.max_steps)
@@ -208,15 +208,12 @@ def steps(run: Run, accuracy: Callable[[Run], float]) -> Iterator[tuple[int, Bat
         run.updates = 0
         lap(run, "other")
         yield step, batch
-        try:
-            append_metrics(run, step)
-        except OSError as error:
-            problem = error
+        problem = append_metrics(run, step)
         lap(run, "other")
-        if not problem and (step + 1) % config.save_every == 0:
+        stop_together(run, step + 1, problem)
+        if (step + 1) % config.save_every == 0:
             save_checkpoint(run, step + 1)
             lap(run, "save")
-        stop_together(run, step + 1, problem)
 
 
 def stop_together(run: Run, done: int, problem: Exception | None) -> None:
@@ -230,10 +227,11 @@ def stop_together(run: Run, done: int, problem: Exception | None) -> None:
         try:
             save_checkpoint(run, done)
         except BadInput as error:
-            problem = BadInput(f"{problem}; {error}" if problem else str(error))
-    saved = f"stopped after {done} of {run.max_steps} steps; the same command with --resume goes on"
-    accelerator.print(saved)
+            raise BadInput(f"{problem}; {error}" if problem else str(error)) from None
+    steps_done = f"{done} of {run.max_steps} steps"
+    accelerator.print(f"stopped after {steps_done}; the same command with --resume goes on")
     if problem:
+        end(run)  # with the others, who wait for each other there
         raise problem
     end(run, 1 if any_problem else 128 + signal_number)
 
@@ -255,14 +253,18 @@ def generate(run: Run, batch: Batch, group_size: int, temperature: float):
         return sample(run.model, batch.inputs, run.eos_ids, shape[1], temperature, noise)
 
     run.policy.eval()
+    completions = problem = None
     try:
         with run.accelerator.autocast():
-            ids, mask = with_whole_weights(run.policy, encode_and_sample)
+            completions = with_whole_weights(run.policy, encode_and_sample)
     except NotFinite as error:
         location = batch.examples[error.args[0]].location
-        raise BadInput(f"{location}: the model's logits are not finite numbers") from None
+        problem = BadInput(f"{location}: the model's logits are not finite numbers")
+    except BadInput as error:
+        problem = error
+    stop_together(run, batch.first // run.config.prompts_per_step, problem)
     lap(run, "sample")
-    return ids, mask
+    return completions
 
 
 def reference_logps(run: Run, batch: Batch, ids: torch.Tensor, mask: torch.Tensor) -> list:
@@ -277,6 +279,10 @@ def reference_logps(run: Run, batch: Batch, ids: torch.Tensor, mask: torch.Tenso
         parts = [(select_rows(batch.inputs, rows), ids[rows], mask[rows]) for rows in run.micro_batches]
         with torch.no_grad(), run.accelerator.autocast(), adapters_off:
             logps = [run.reference(*part) for part in parts]
+            if isinstance(
+                run.reference, FSDPModule
+            ):  # else root adapters come back on its gathered copy only
+                run.reference.reshard()
     lap(run, "score")
     return logps
 
@@ -346,11 +352,12 @@ def finish(run: Run, accuracy: Callable[[Run], float]) -> None:
     output, problem = run.config.output, None
     if run.eval_examples:
         try:
-            run.metrics = mean_over_processes(run, {"eval_accuracy": (after := accuracy(run))})
+            after = accuracy(run)
         except (BadInput, OSError) as error:
             problem = error
         stop_together(run, run.max_steps, problem)
-        append_metrics(run, run.max_steps)
+        run.metrics = mean_over_processes(run, {"eval_accuracy": after})
+        stop_together(run, run.max_steps, append_metrics(run, run.max_steps))
         measured = [line["eval_accuracy"] for line in read_metrics(output)[0] if "eval_accuracy" in line]
         before = f"{[*measured, after][0]:.1%} at first"
         run.accelerator.print(f"held-out accuracy: {before}, {after:.1%} after {run.max_steps} steps")

@@ -677,6 +677,48 @@ def test_a_problem_of_one_process_stops_and_saves_both(folder, tmp_path, own_dat
     assert_same_run(tmp_path / "whole", tmp_path / "run", exact=True)
 
 
+@pytest.mark.slow
+def test_metrics_that_one_process_cannot_write_stop_and_save_both(folder, tmp_path, own_data):
+    """At a step that is saved anyway; the other process must not wait in vain."""
+    settings = config("train_grpo", folder, tmp_path / "run", **own_data)
+    code = (
+        "import os, training\nplain, calls = training.optimizer_step, []\n"
+        "def optimizer_step(*args):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 3 and Accelerator().is_main_process:\n"
+        f"        os.remove({str(tmp_path / 'run' / 'metrics.jsonl')!r})\n"
+        f"        os.mkdir({str(tmp_path / 'run' / 'metrics.jsonl')!r})\n"
+        "    return plain(*args)\n"
+        "train_grpo.optimizer_step = optimizer_step\n"
+    )
+    with pytest.raises(AssertionError, match="Is a directory"):
+        launch(training_code("train_grpo", code), *as_flags(settings))
+    assert [path[-1] for path in list_states(str(tmp_path / "run"))] == ["3"]
+
+
+@pytest.mark.slow
+def test_a_held_out_clip_that_one_process_cannot_read_stops_and_saves_both(folder, tmp_path, own_data):
+    """In the evaluation of the final model, after which there is nothing more to train."""
+    rows = [json.loads(line) for line in open(folder / "test.jsonl")][:4]
+    for n, row in enumerate(rows):
+        row["audio"] = str(tmp_path / f"{n}.wav")
+        shutil.copy(folder / "test" / f"000{n}.wav", row["audio"])
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = own_data | dict(eval_data=str(tmp_path / "test.jsonl"), eval_every=100)
+    code = (
+        "import training\nplain, calls = training.optimizer_step, []\n"
+        "def optimizer_step(*args):\n"
+        "    calls.append(1)\n"
+        f"    if len(calls) == 5: open({str(tmp_path / '1.wav')!r}, 'w').close()\n"
+        "    return plain(*args)\n"
+        "train_grpo.optimizer_step = optimizer_step\n"
+    )
+    settings = config("train_grpo", folder, tmp_path / "run", **flags)
+    with pytest.raises(AssertionError, match="1.wav: cannot be read as audio"):
+        launch(training_code("train_grpo", code), *as_flags(settings))
+    assert [path[-1] for path in list_states(str(tmp_path / "run"))] == ["5"]
+
+
 def test_scores_of_two_files_in_a_folder_do_not_overwrite_each_other(tmp_path, monkeypatch):
     row = {"choices": ["dog", "cat"], "answer": "dog"}
     for name, said in (("predictions", "dog"), ("other", "cat")):

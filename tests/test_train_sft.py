@@ -90,6 +90,8 @@ def test_epochs_say_how_many_steps(folder, tmp_path, epochs, steps):
 def test_nothing_to_do_is_refused(folder, tmp_path):
     with pytest.raises(BadInput, match="nothing to do: --max_steps or --epochs"):
         train(folder, tmp_path / "run", max_steps=0, epochs=0.0)
+    with pytest.raises(BadInput, match="--max_steps must be at least 0"):
+        train(folder, tmp_path / "run", max_steps=-1)
 
 
 def test_thoughts_cannot_be_imitated(folder, tmp_path):
