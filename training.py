@@ -279,9 +279,8 @@ def reference_logps(run: Run, batch: Batch, ids: torch.Tensor, mask: torch.Tenso
         parts = [(select_rows(batch.inputs, rows), ids[rows], mask[rows]) for rows in run.micro_batches]
         with torch.no_grad(), run.accelerator.autocast(), adapters_off:
             logps = [run.reference(*part) for part in parts]
-            if isinstance(
-                run.reference, FSDPModule
-            ):  # else root adapters come back on its gathered copy only
+            # FSDP2 keeps its root gathered: adapters in it would come back in that copy only
+            if isinstance(run.reference, FSDPModule):
                 run.reference.reshard()
     lap(run, "score")
     return logps

@@ -42,7 +42,7 @@ TWO_PROCESSES = {  # script, flags, FSDP2
     "SFT": ("train_sft", {}, False),
     "GRPO, FSDP2": ("train_grpo", {}, True),
     "GRPO with LoRA, FSDP2": ("train_grpo", dict(lora_rank=4), True),
-    # adapters in the root group too, which FSDP2 keeps gathered while the reference is scored
+    # adapters in FSDP2's root group too, which stays gathered when the reference was scored
     "GRPO with LoRA on the projector, FSDP2": (
         "train_grpo",
         dict(lora_rank=4, lora_target=r".*(q_proj|projector\.linear)"),
