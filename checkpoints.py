@@ -298,9 +298,8 @@ def merge(adapters: str, *, output: str) -> None:
     if os.path.exists(output):
         raise BadInput(f"{output}: already there; remove it or name another folder")
     dtype = AutoConfig.from_pretrained(base, **NO_CODE).dtype
-    model, processor = load_model(
-        base, torch.float32
-    )  # a sum in bf16 would lose what little the adapters add
+    # a sum in bf16 would lose what little the adapters add
+    model, processor = load_model(base, torch.float32)
     model = add_saved_adapters(model, adapters).merge_and_unload().to(dtype)
     partial = f"{output}.partial"
     shutil.rmtree(partial, ignore_errors=True)

@@ -213,12 +213,19 @@ def show(results: dict, target: str) -> None:
     say(f"results in {target}")
 
 
+def count_missing(path: str, rows: list[tuple[dict, str]]) -> int:
+    """How many rows have no prediction. Raises BadInput if that is all of them."""
+    missing = sum(prediction_of(row) is None for row, _ in rows)
+    if missing == len(rows):
+        raise BadInput(f"{path}: no row has a prediction (key 'model_output' or 'model_prediction')")
+    return missing
+
+
 def score_file(path: str) -> None:
     """Score a file of predictions. What only the run that made it knew stays in its results.json."""
     rows, digest = read_rows(path)
     results = score(rows)
-    if results["missing"] == len(rows):
-        raise BadInput(f"{path}: no row has a prediction (key 'model_output' or 'model_prediction')")
+    count_missing(path, rows)
     name = os.path.splitext(os.path.basename(path))[0]
     name = "results.json" if name == "predictions" else f"{name}.results.json"
     target = os.path.join(os.path.dirname(path), name)
@@ -247,10 +254,7 @@ def read_marks(path: str) -> dict[str, tuple[dict, bool | None]]:
                 f"{location}: the same question as in a row before it, so answers cannot be paired"
             )
         marks[question] = row, mark
-    missing = sum(prediction_of(row) is None for row, _ in rows)
-    if missing == len(rows):
-        raise BadInput(f"{path}: no row has a prediction (key 'model_output' or 'model_prediction')")
-    if missing:
+    if missing := count_missing(path, rows):
         say(f"{path}: {missing} rows have no prediction and count as wrong")
     return marks
 

@@ -29,6 +29,22 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+OWN = {"audio": "a.wav", "question": "What is in the video?", "choices": ["dog", "cat"], "answer": "cat"}
+CONVERTED = {
+    "video_name": "x_000030",
+    "audio_path": "a.wav",
+    "question_text": "What is in the video?",
+    "multi_choice": ["dog", "cat"],
+    "answer": 1,
+}
+
+
+def write(path, rows, as_list=False):
+    """Rows as JSON Lines or as a JSON list; returns the path as text."""
+    path.write_text(json.dumps(rows) if as_list else "".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
 def load_examples(*args, **flags):
     """Without the hash of the file."""
     return load_with_hash(*args, **flags)[0]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import inputs_of, load_examples
+from conftest import CONVERTED, OWN, inputs_of, load_examples, write
 
 from data import (
     PROMPTS,
@@ -19,7 +19,6 @@ from data import (
 )
 from model import load_model
 
-OWN = {"audio": "a.wav", "question": "What is in the video?", "choices": ["dog", "cat"], "answer": "cat"}
 AVQA = {
     "id": 1,
     "video_name": "x_y-z_000030",
@@ -29,13 +28,6 @@ AVQA = {
     "answer": 1,
     "question_relation": "Both",
     "question_type": "Which",
-}
-CONVERTED = {
-    "video_name": "x_000030",
-    "audio_path": "a.wav",
-    "question_text": "What is in the video?",
-    "multi_choice": ["dog", "cat"],
-    "answer": 1,
 }
 MMAU = {
     "id": "a",
@@ -57,11 +49,6 @@ MMAR = {
     "answer": "cat",
     "modality": "mix",
 }
-
-
-def write(path, rows, as_list=False):
-    path.write_text(json.dumps(rows) if as_list else "".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 # ---------------------------------------------------------------- rows

@@ -6,24 +6,10 @@ import sys
 import numpy as np
 import pytest
 import soundfile
-from conftest import ROOT, load_examples
+from conftest import CONVERTED, OWN, ROOT, load_examples, write
 
 import prepare_data
 from data import BadInput, check_audio
-
-OWN = {"audio": "a.wav", "question": "What is in the video?", "choices": ["dog", "cat"], "answer": "cat"}
-CONVERTED = {
-    "video_name": "x_000030",
-    "audio_path": "a.wav",
-    "question_text": "What is in the video?",
-    "multi_choice": ["dog", "cat"],
-    "answer": 1,
-}
-
-
-def write(path, rows, as_list=False):
-    path.write_text(json.dumps(rows) if as_list else "".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def tone(seconds=1.0, rate=16_000):
