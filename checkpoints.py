@@ -20,11 +20,10 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
 
 from data import BadInput, write_rows, write_whole
 from flags import run_command
-from model import LOADABLE, NO_CODE, add_saved_adapters, base_of_adapter, check_finite_weights, load_model
+from model import LOADABLE, add_saved_adapters, base_of_adapter, check_finite_weights, load_model
 
 # flags that a resumed run may change: nothing computed before depends on them (data is known by its content)
 MAY_CHANGE = "output resume save_every keep_states merge log_with eval_data eval_every data audio_dir".split()
@@ -51,7 +50,9 @@ def save_model(run, folder: str) -> None:
         state_dict = {name: whole(p.detach()) for name, p in trained if p.requires_grad}
     else:
         state_dict = accelerator.get_state_dict(run.policy)
-    weights = {name.removeprefix("model."): weight for name, weight in state_dict.items()}
+    once = {f"model.{name}" for name, _ in model.named_parameters()}  # of tied weights the first name
+    tied = {f"model.{name}" for name, _ in model.named_parameters(remove_duplicate=False)} - once
+    weights = {name.removeprefix("model."): weight for name, weight in state_dict.items() if name not in tied}
     check_finite_weights(weights.items())
     if accelerator.is_main_process:
         if run.adapters:
@@ -297,10 +298,10 @@ def merge(adapters: str, *, output: str) -> None:
         raise BadInput(f"{adapters}: holds no LoRA adapters")
     if os.path.exists(output):
         raise BadInput(f"{output}: already there; remove it or name another folder")
-    dtype = AutoConfig.from_pretrained(base, **NO_CODE).dtype
+    model, processor = load_model(base)
+    dtype = model.dtype
     # a sum in bf16 would lose what little the adapters add
-    model, processor = load_model(base, torch.float32)
-    model = add_saved_adapters(model, adapters).merge_and_unload().to(dtype)
+    model = add_saved_adapters(model.float(), adapters).merge_and_unload().to(dtype)
     partial = f"{output}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)

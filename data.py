@@ -26,7 +26,8 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-SAMPLE_RATE = 16_000  # Hz, what the Whisper front end of Qwen2-Audio takes
+SAMPLE_RATE = 16_000  # Hz, what the front ends of all supported models take
+WINDOW = 30 * SAMPLE_RATE  # samples; of a longer clip the rest is cut
 LOCK = ".lock"  # in a folder of results
 MOST_TOKENS = 4_096  # of a question with its options; MMAU's have about 50
 STEM = "{question} Please choose the answer from the following options: {choices}."
@@ -283,15 +284,28 @@ def make_batch(processor, examples: list[Example], waves: list[np.ndarray], prom
     1 where there is sound.
     """
     texts = [chat_text(processor, example, prompt) for example in examples]
-    # `audio=`, not `audios=`: current transformers drop the old name and the model answers blind
-    tensors = dict(padding=True, return_tensors="pt")
+    length = window(processor)
+    audio_kwargs = {"sampling_rate": SAMPLE_RATE, "max_length": length}  # else Omni's are padded to 300 s
     with torch.autocast("cpu", enabled=False):  # features are fp32, whatever the model computes in
-        return dict(processor(text=texts, audio=waves, sampling_rate=SAMPLE_RATE, **tensors))
+        # `audio=`, not `audios=`: current transformers drop the old name and the model answers blind
+        inputs = processor(
+            text=texts,
+            audio=[wave[:length] for wave in waves],
+            text_kwargs={"padding": True},  # a flat padding=True would reach the audio too
+            audio_kwargs=audio_kwargs,
+            return_tensors="pt",
+        )
+    return dict(inputs)
+
+
+def window(processor) -> int:
+    """Samples at 16 kHz of a clip that the model hears, at most 30 s."""
+    return min(WINDOW, processor.feature_extractor.n_samples)
 
 
 def is_cut(processor, wave: np.ndarray) -> bool:
     """Whether a clip is longer than the model hears."""
-    return len(wave) > processor.feature_extractor.n_samples
+    return len(wave) > window(processor)
 
 
 @dataclass
@@ -310,7 +324,7 @@ def read_clip(processor, example: Example, prompt: str) -> np.ndarray:
         raise BadInput(example.problem)
     with blame(example.location):
         check_prompt(processor, example, prompt)
-        return load_audio(example.audio, processor.feature_extractor.n_samples)
+        return load_audio(example.audio, window(processor))
 
 
 def read_batch(processor, examples: list[Example], config, first: int, B: int) -> Batch:

@@ -29,10 +29,10 @@ from transformers.hf_argparser import HfArg
 
 from data import PROMPTS, SAMPLE_RATE, BadInput, Example, blame, check_audio, decode, is_cut, load_audio
 from data import load_examples, lock_folder, made_ahead, make_batch, read_clip, read_rows, sha256, to_example
-from data import write_whole
+from data import window, write_whole
 from flags import check_at_least, parse, run_main, say, warn_of_a_gpu_not_found
 from model import DEFAULT_MODEL, LOADABLE, NotFinite, completion_mask, eos_tokens, load_model, sample
-from model import weights_hash
+from policy import weights_hash
 from rewards import by_group, extract_answer, format_reward, judge, mmau_match, paired_difference
 from rewards import prediction_of, score
 from training import Run, with_whole_weights
@@ -432,7 +432,7 @@ def ask(config: Config) -> None:
         raise BadInput(prediction.error)
     say(prediction.completion)
     if prediction.cut:
-        say(f"(only the first {processor.feature_extractor.chunk_length} s were used)")
+        say(f"(only the first {window(processor) / SAMPLE_RATE:.0f} s were used)")
 
 
 def main() -> None:

@@ -1,24 +1,26 @@
-"""Qwen2-Audio, as every script uses it: loading, LoRA, prompt embeddings, sampling a group, its log-probs.
+"""An audio language model, as every script uses it: loading any supported kind, LoRA, sampling, log-probs.
 
 The completions o_1..o_G of a group share audio and prompt. `sample` and `shared_prompt_logps` compute both
 once per group; `repeated_logps` is the plain, slow way, gives the same numbers, and serves the tests.
 """
 
-import hashlib
+import base64
+import inspect
+import io
 import json
 import os
-import re
 from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
+import soundfile
 import torch
-from accelerate import Accelerator
+import transformers
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoProcessor, DynamicCache, Qwen2AudioForConditionalGeneration
+from transformers import AutoProcessor, DynamicCache, PreTrainedConfig
 
-from data import BadInput
+from data import SAMPLE_RATE, BadInput
 
 # cuDNN would take every attention call on Hopper. It builds a plan for each new shape, and sampling and
 # packing make new ones all the time; under a mask its backward pass gives nan at some lengths
@@ -33,6 +35,17 @@ DEFAULT_MODEL = "Qwen/Qwen2-Audio-7B-Instruct"
 LOADABLE = ("config.json", "adapter_config.json")
 NO_CODE = {"trust_remote_code": False}  # a model is data: nothing that it brings along is run
 
+# config.model_type -> the class without "ForConditionalGeneration", and the first transformers that has it
+FAMILIES = {
+    "qwen2_audio": ("Qwen2Audio", "4.45"),
+    "qwen2_5_omni": ("Qwen2_5OmniThinker", "4.52"),  # of a full checkpoint the thinker alone is loaded
+    "qwen3_omni_moe": ("Qwen3OmniMoeThinker", "4.57"),
+    "audioflamingo3": ("AudioFlamingo3", "5.0"),
+    "musicflamingo": ("MusicFlamingo", "5.5"),
+    "voxtral": ("Voxtral", "4.54"),
+    "glmasr": ("GlmAsr", "5.0"),
+}
+
 
 def load_model(path: str, dtype="auto"):
     """A model, known by its config and not by its name, and its processor; adapters come with their base.
@@ -44,14 +57,13 @@ def load_model(path: str, dtype="auto"):
         with loading(path):
             add_saved_adapters(model, path)
         return model, processor
-    with loading(path):
-        kind = AutoConfig.from_pretrained(path, **NO_CODE).model_type
-        if kind != "qwen2_audio":
-            raise BadInput(f"is a {kind} model, and only qwen2_audio is supported")
+    name, since = family(path)
     processor = load_processor(path)
     with loading(path):
+        if not (model_class := getattr(transformers, f"{name}ForConditionalGeneration", None)):
+            raise BadInput(f"needs transformers {since}, and {transformers.__version__} is installed")
         # sdpa takes the masks of shared_prompt_logps; eager attention would read them wrongly
-        model, report = Qwen2AudioForConditionalGeneration.from_pretrained(
+        model, report = model_class.from_pretrained(
             path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **NO_CODE
         )
         for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -63,12 +75,43 @@ def load_model(path: str, dtype="auto"):
     return model, processor
 
 
-def load_processor(path: str):
-    """A model's processor: its tokenizer, feature extractor and chat template."""
+def family(path: str) -> tuple[str, str]:
+    """The entry of FAMILIES that a model belongs to."""
     with loading(path):
-        processor = AutoProcessor.from_pretrained(path, **NO_CODE)
+        kind = str(PreTrainedConfig.get_config_dict(path)[0].get("model_type")).removesuffix("_thinker")
+        if kind not in FAMILIES:
+            raise BadInput(f"is a {kind} model; supported are {', '.join(FAMILIES)}")
+        return FAMILIES[kind]
+
+
+def load_processor(path: str):
+    """A model's processor: its tokenizer, feature extractor and chat template; adapters have their base's."""
+    path = base_of_adapter(path) or path
+    kind = VoxtralProcessor if family(path)[0] == "Voxtral" else AutoProcessor
+    with loading(path):
+        try:
+            processor = kind.from_pretrained(path, **NO_CODE)
+        except ImportError as error:
+            wanted = "mistral-common[audio]" if kind is VoxtralProcessor else "pillow torchvision"
+            raise BadInput(f"pip install {wanted}: {str(error).strip().splitlines()[0]}") from None
     processor.tokenizer.padding_side = "left"  # for sampling, whatever the hub's tokenizer config says
     return processor
+
+
+class VoxtralProcessor(transformers.VoxtralProcessor):
+    """Voxtral's takes clips inside a chat only; this one takes texts and clips side by side, as others do."""
+
+    def apply_chat_template(self, chat, **_) -> str:
+        return chat[-1]["content"][-1]["text"]  # the chat around it is made in __call__
+
+    def __call__(self, text, audio, **_):
+        chats = []
+        for question, wave in zip(text, audio):
+            clip = io.BytesIO()
+            soundfile.write(clip, wave, SAMPLE_RATE, format="WAV", subtype="FLOAT")
+            clip = {"type": "audio", "base64": base64.b64encode(clip.getvalue()).decode()}
+            chats.append([{"role": "user", "content": [clip, {"type": "text", "text": question}]}])
+        return super().apply_chat_template(chats, return_tensors="pt")
 
 
 @contextmanager
@@ -101,13 +144,6 @@ def check_finite_weights(named_weights) -> None:
         raise BadInput(f"{name} has values that are not finite numbers")
 
 
-def weights_hash(model) -> str:
-    """What the weights are, in a few digits: the same for the same values of the same type, on any device."""
-    hashes = {name: torch.hash_tensor(p.detach()).view(torch.int64) for name, p in model.named_parameters()}
-    hashes = {name: int(value) for name, value in hashes.items()}
-    return hashlib.sha256(repr(hashes).encode()).hexdigest()[:16]
-
-
 def add_saved_adapters(model, path: str):
     """Put saved adapters into their base; returns peft's view. Refuses names that do not fit."""
     from peft import PeftModel, get_peft_model_state_dict
@@ -132,65 +168,28 @@ def base_of_adapter(path: str) -> str | None:
         raise BadInput(f"{path}/adapter_config.json: names no base model") from None
 
 
-def frozen_dtype(module: nn.Module, accelerator: Accelerator) -> torch.dtype:
-    """The dtype of a frozen layer: with --mixed_precision bf16, bf16 for matrices, as autocast; else fp32."""
-    is_matrix = isinstance(module, (nn.Linear, nn.Conv1d))
-    return torch.bfloat16 if is_matrix and accelerator.mixed_precision == "bf16" else torch.float32
-
-
-def load_frozen(config, accelerator: Accelerator):
-    """A model that is not trained, and its processor."""
-    model, processor = load_model(config.model)
-    for module in model.modules():
-        if not list(module.children()):
-            module.to(frozen_dtype(module, accelerator))
-    return model.eval().requires_grad_(False), processor
-
-
-def load_policy(config, accelerator: Accelerator):
-    """The model to train, its processor, and under LoRA peft's view of it (else None)."""
-    if base_of_adapter(config.model):
-        raise BadInput(f"{config.model}: holds LoRA adapters; merge them first (python checkpoints.py merge)")
-    adapters = None
-    if config.lora_rank:
-        model, processor = load_frozen(config, accelerator)
-        adapters = add_lora(model, config)
-    else:
-        model, processor = load_model(config.model, torch.float32)  # at lr 1e-6 bf16 weights lose the updates
-        model.model.audio_tower.embed_positions.requires_grad_(False)  # sinusoids, not parameters
-        if config.freeze_audio_encoder:
-            model.model.audio_tower.requires_grad_(False)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model, processor, adapters
-
-
-def add_lora(model, config):
-    """Put fp32 adapters into a frozen model; returns peft's view, which saves them and turns them off."""
-    from peft import LoraConfig, get_peft_model
-
-    targets = {
-        "language": r"model\.language_model\..*_proj",
-        "all": r"model\.(language_model|audio_tower)\..*(_proj|fc1|fc2)",
-    }
-    torch.manual_seed(config.seed)  # half of each adapter starts random
-    try:
-        lora = LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=config.lora_dropout,
-            target_modules=targets.get(config.lora_target, config.lora_target),
-        )
-        return get_peft_model(model, lora)
-    except (ValueError, re.error) as error:
-        raise BadInput(f"--lora_target {config.lora_target}: {str(error).splitlines()[0]}") from None
-
-
 # ---------------------------------------------------------------- prompts
 
 
-def encode_audio(model, inputs: dict) -> torch.Tensor:
-    """The encoder's output (B, S, D_audio), as its own forward, but run only as far as there is sound."""
+def encode_audio(model, inputs: dict):
+    """The audio of B prompts, by row, as far as it stays the same while `encoder_is_frozen`.
+
+    Of Qwen2-Audio (B, S, D_audio), without its projector; the others' own code gives (n, D) for each prompt.
+    """
+    if model.config.model_type == "qwen2_audio":
+        return encode_qwen2_audio(model, inputs)
+    wanted = inspect.signature(model.model.get_audio_features).parameters
+    features = {name: value for name, value in inputs.items() if name in wanted}
+    dtype = next(model.model.audio_tower.parameters()).dtype
+    features["input_features"] = features["input_features"].to(dtype)
+    audio = model.model.get_audio_features(**features, return_dict=True).pooler_output  # (placeholders, D)
+    placeholders = (inputs["input_ids"] == model.config.audio_token_id).sum(1)  # (B,)
+    check_placeholders(placeholders.sum(), audio)
+    return audio.split(placeholders.tolist())
+
+
+def encode_qwen2_audio(model, inputs: dict) -> torch.Tensor:
+    """Its encoder's output (B, S, D_audio), as its own forward, but run only as far as there is sound."""
     tower = model.model.audio_tower
     frames = inputs["feature_attention_mask"].sum(-1)  # (B,) mel frames with sound
     convolved, _ = tower._get_feat_extract_output_lengths(frames)  # (B,) after stride 2
@@ -205,20 +204,33 @@ def encode_audio(model, inputs: dict) -> torch.Tensor:
     return tower.layer_norm(tower.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2))
 
 
+def encoder_is_frozen(model) -> bool:
+    """Whether training leaves what `encode_audio` gives as it is."""
+    parts = ["audio_tower", "multi_modal_projector"][: 1 if model.config.model_type == "qwen2_audio" else 2]
+    return not any(
+        p.requires_grad for name, p in model.model.named_parameters() if name.split(".")[0] in parts
+    )
+
+
 def embed_prompt(model, inputs: dict) -> torch.Tensor:
     """Prompt embeddings (B, P, D), the encoder's output written over the audio placeholders."""
     audio = inputs["encoded_audio"] if "encoded_audio" in inputs else encode_audio(model, inputs)
-    audio = model.model.multi_modal_projector(audio)  # (B, S, D)
-    frames = inputs["feature_attention_mask"].sum(-1)
-    _, pooled = model.model.audio_tower._get_feat_extract_output_lengths(frames)  # (B,)
-    audio = audio[torch.arange(audio.shape[1], device=audio.device) < pooled[:, None]]  # (placeholders, D)
+    if model.config.model_type == "qwen2_audio":
+        audio = model.model.multi_modal_projector(audio)  # (B, S, D)
+        frames = inputs["feature_attention_mask"].sum(-1)
+        _, pooled = model.model.audio_tower._get_feat_extract_output_lengths(frames)  # (B,)
+        audio = audio[torch.arange(audio.shape[1], device=audio.device) < pooled[:, None]]
+    else:
+        audio = torch.cat(audio)  # (placeholders, D)
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     placeholder = inputs["input_ids"] == model.config.audio_token_id
-    if placeholder.sum() != len(audio):
-        raise BadInput(
-            f"the prompts have {placeholder.sum()} audio placeholders for {len(audio)} of the encoder"
-        )
+    check_placeholders(placeholder.sum(), audio)
     return embeds.masked_scatter(placeholder[..., None], audio.to(embeds.dtype))
+
+
+def check_placeholders(n, audio: torch.Tensor) -> None:
+    if n != len(audio):
+        raise BadInput(f"the prompts have {n} audio placeholders for {len(audio)} of the encoder")
 
 
 def prompt_positions(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -247,6 +259,12 @@ def eos_tokens(model, processor) -> list[int]:
     """Every id that ends a completion: those of the model's generation config and the tokenizer's own."""
     ids = model.generation_config.eos_token_id
     return sorted({*(ids if isinstance(ids, list) else [ids]), processor.tokenizer.eos_token_id} - {None})
+
+
+def turn_end(processor) -> int:
+    """The id that ends the assistant's turn in the chat template: what an answer to imitate ends with."""
+    tokenizer = processor.tokenizer
+    return tokenizer.get_vocab().get("<|im_end|>", tokenizer.eos_token_id)
 
 
 def completion_mask(ids: torch.Tensor, eos_ids: list[int]) -> torch.Tensor:
@@ -292,7 +310,7 @@ def sample(model, inputs: dict, eos_ids: list[int], max_new_tokens: int, tempera
     prompt_mask = inputs["attention_mask"]
     B, G = len(prompt_mask), 1 if noise is None else noise.shape[1]
     eos = torch.tensor(eos_ids, device=prompt_mask.device)
-    cache = SamplingCache(config=model.config.text_config)
+    cache = SamplingCache(config=model.config.get_text_config())
     lm = partial(model.model.language_model, past_key_values=cache, use_cache=True)
     embeds, position = embed_prompt(model, inputs), prompt_positions(prompt_mask)
     hidden = lm(inputs_embeds=embeds, attention_mask=prompt_mask, position_ids=position).last_hidden_state
@@ -375,59 +393,3 @@ def shared_prompt_logps(model, inputs: dict, ids: torch.Tensor, mask: torch.Tens
     logits = model.lm_head(hidden).float() / temperature
     logps = logits.gather(1, tokens[real][:, None])[:, 0] - logits.logsumexp(-1)
     return logps.new_zeros(B, G * T).masked_scatter(flat_mask, logps).view(B, G, T)
-
-
-class Policy(nn.Module):
-    """The module that accelerate wraps: DDP and FSDP2 act in its forward only, so that computes log-probs."""
-
-    _no_split_modules = [
-        "Qwen2DecoderLayer",
-        "Qwen2AudioEncoderLayer",
-    ]  # what FSDP2 gathers and frees one by one
-
-    def __init__(self, model, temperature: float = 1.0):
-        super().__init__()
-        self.model, self.temperature = model, temperature
-
-    def forward(self, inputs, ids, mask):
-        return shared_prompt_logps(self.model, inputs, ids, mask, self.temperature)
-
-    def call(self, function):
-        """Any other use of the model, such as sampling, through the module that FSDP2 wraps."""
-        return function()
-
-
-# ---------------------------------------------------------------- memory
-
-
-def check_memory(accelerator: Accelerator, model, separate_reference: bool) -> None:
-    """Say what each process will hold, in GB, without activations. Refuses more than its GPU has free."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    memory_gb = {"weights": weights, "gradients": 4 * trained, "AdamW": 8 * trained}
-    if separate_reference:
-        layers = [module for module in model.modules() if not list(module.children())]
-        sizes = [
-            p.numel() * frozen_dtype(layer, accelerator).itemsize
-            for layer in layers
-            for p in layer.parameters()
-        ]
-        memory_gb["reference"] = sum(sizes)
-    shards = accelerator.num_processes if accelerator.is_fsdp2 else 1
-    memory_gb = {name: size / shards / 1e9 for name, size in memory_gb.items()}
-    parts = ", ".join(f"{name} {size:.2f}" for name, size in memory_gb.items())
-    parameters = sum(p.numel() for p in model.parameters())
-    accelerator.print(
-        f"{parameters / 1e6:,.1f} M parameters, {trained / 1e6:,.1f} M trained, "
-        f"{'sharded over' if shards > 1 else 'on each of'} {accelerator.num_processes} process(es); "
-        f"GB on each, without activations: {parts}"
-    )
-    needed, free = sum(memory_gb.values()), free_memory_gb(accelerator.device)
-    if needed > free:
-        ways = "--lora_rank 16, or --config_file fsdp.yaml on more GPUs"
-        raise BadInput(f"{needed:.1f} GB do not fit into the GPU's free {free:.1f} GB; what helps: {ways}")
-
-
-def free_memory_gb(device: torch.device) -> float:
-    """Free memory of a GPU; of other devices nothing is known."""
-    return torch.cuda.mem_get_info(device)[0] / 1e9 if device.type == "cuda" else float("inf")

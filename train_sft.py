@@ -18,6 +18,7 @@ from transformers.hf_argparser import HfArg
 from data import BadInput, Example, select_rows
 from evaluate import held_out_accuracy
 from flags import TrainConfig, check_at_least, is_given, parse, run_main
+from model import turn_end
 from training import accumulate, finish, log, optimizer_step, policy_logps, setup, steps
 
 
@@ -35,9 +36,11 @@ class Config(TrainConfig):
 def answer_batch(processor, examples: list[Example], prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Answers as groups of one: ids and mask (B, 1, T), each ending as the chat template ends a turn."""
     target = "{}" if prompt == "plain" else "<answer>{}</answer>"
-    texts = [target.format(example.answer) + "<|im_end|>" for example in examples]
-    tokens = processor.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
-    return tokens["input_ids"][:, None], tokens["attention_mask"][:, None].bool()
+    texts = [target.format(example.answer) for example in examples]
+    answers = processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    answers = [torch.tensor([*answer, turn_end(processor)]) for answer in answers]
+    ids = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=-1)  # (B, T)
+    return ids.clamp_min(0)[:, None], (ids >= 0)[:, None]
 
 
 def train(config: Config) -> None:

@@ -29,8 +29,8 @@ from checkpoints import save_checkpoint, save_final
 from data import LOCK, BadInput, Batch, Example, check_audio, load_examples, lock_folder
 from data import made_ahead, read_batch, select_rows
 from flags import TrainConfig, check_settings, warn_of_a_gpu_not_found
-from model import NotFinite, Policy, check_memory, encode_audio, eos_tokens, load_frozen
-from model import load_policy, sample, sampling_noise, weights_hash
+from model import NotFinite, encode_audio, encoder_is_frozen, eos_tokens, sample, sampling_noise
+from policy import Policy, check_memory, load_frozen, load_policy, weights_hash
 
 # ---------------------------------------------------------------- a run
 
@@ -248,7 +248,7 @@ def generate(run: Run, batch: Batch, group_size: int, temperature: float):
 
     @torch.no_grad()
     def encode_and_sample():
-        if not any(p.requires_grad for p in run.model.model.audio_tower.parameters()):
+        if encoder_is_frozen(run.model):
             batch.inputs["encoded_audio"] = encode_audio(run.model, batch.inputs)
         return sample(run.model, batch.inputs, run.eos_ids, shape[1], temperature, noise)
 

@@ -16,7 +16,7 @@ from conftest import ROOT, SGD, as_flags, assert_same_run, launch, metrics, run_
 from conftest import config as short_config
 
 import checkpoints
-import model as model_module
+import policy
 from checkpoints import list_states
 from data import BadInput, stream_indices
 from model import load_model
@@ -272,7 +272,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(
     monkeypatch.setattr(
         torch.optim.AdamW, "step", lambda *args, **more: (updates.append(1), step(*args, **more))
     )
-    forward = model_module.Policy.forward
+    forward = policy.Policy.forward
 
     def breaks(self, inputs, ids, mask):
         logp = forward(self, inputs, ids, mask)
@@ -287,7 +287,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(
         calls.append("graded")
         return sum(call == "graded" for call in calls) == 3
 
-    monkeypatch.setattr(model_module.Policy, "forward", breaks)
+    monkeypatch.setattr(policy.Policy, "forward", breaks)
     stream = [f"train.jsonl:{i + 1}" for i in stream_indices(24, 42, 4, 4)]
     with pytest.raises(
         BadInput, match="step 1: the loss is not finite.*nan.*this update was not made"

@@ -15,18 +15,16 @@ from safetensors.torch import load_file, save_file
 
 import flags
 import model as model_module
+import policy
 from data import BadInput, decode, select_rows
 from model import (
-    Policy,
     additive_mask,
-    check_memory,
     draw,
     encode_audio,
     eos_tokens,
-    frozen_dtype,
-    load_frozen,
 )
 from model import load_model, repeated_logps, sample, shared_prompt_logps
+from policy import Policy, check_memory, frozen_dtype, load_frozen
 
 GROUPS = {
     "unequal lengths": [[3, 7, 1, 5]],
@@ -403,7 +401,7 @@ ONE = dict(num_processes=1, device=torch.device("cpu"), is_fsdp2=False, mixed_pr
 
 def test_a_run_that_does_not_fit_says_so_and_what_helps(monkeypatch):
     seven_billion = benchmark.make_model("7b", "meta")
-    monkeypatch.setattr(model_module, "free_memory_gb", lambda device: 80.0)
+    monkeypatch.setattr(policy, "free_memory_gb", lambda device: 80.0)
     with pytest.raises(BadInput, match="152.4 GB do not fit .* 80.0 GB.* --lora_rank 16, .*fsdp.yaml"):
         check_memory(SimpleNamespace(**ONE), seven_billion, separate_reference=True)
     with pytest.raises(BadInput, match="134.3 GB"):
@@ -411,7 +409,7 @@ def test_a_run_that_does_not_fit_says_so_and_what_helps(monkeypatch):
 
 
 def test_what_is_sharded_is_divided(monkeypatch, capsys):
-    monkeypatch.setattr(model_module, "free_memory_gb", lambda device: 20.0)
+    monkeypatch.setattr(policy, "free_memory_gb", lambda device: 20.0)
     eight = SimpleNamespace(**ONE | dict(num_processes=8, is_fsdp2=True))
     check_memory(eight, benchmark.make_model("7b", "meta"), separate_reference=True)
     out = capsys.readouterr().out
@@ -420,7 +418,7 @@ def test_what_is_sharded_is_divided(monkeypatch, capsys):
 
 
 def test_without_a_gpu_nothing_is_refused():
-    assert model_module.free_memory_gb(torch.device("cpu")) == float("inf")
+    assert policy.free_memory_gb(torch.device("cpu")) == float("inf")
 
 
 @pytest.mark.parametrize("mixed_precision", ["bf16", "no"])

@@ -1,0 +1,363 @@
+"""Every supported kind of model against its own plain forward, tiny and random."""
+
+import importlib
+import importlib.util
+import json
+import re
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import ROOT, SGD, as_flags, assert_same_run, config, inputs_of, launch, metrics
+from conftest import random_completions, run_script, training_code
+from families import NAMES, make, make_omni, without_torchvision
+from safetensors.torch import load_file, save_file
+
+import evaluate
+import toy
+import train_grpo
+import train_sft
+from data import SAMPLE_RATE, BadInput, is_cut, make_batch, select_rows, window
+from model import FAMILIES, encode_audio, encoder_is_frozen, eos_tokens, load_model, load_processor
+from model import repeated_logps, sample, shared_prompt_logps
+from policy import Policy, load_policy
+
+LENGTHS = [[3, 7, 1], [2, 9, 4]]  # of completions, for two prompts
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A folder for each family that a test has asked for, and its class."""
+    return {}
+
+
+@pytest.fixture(params=NAMES)
+def family(request, folders, folder, tmp_path_factory, monkeypatch):
+    """Folder of questions and a tiny model, and the model's class."""
+    without_torchvision(monkeypatch)
+    if request.param not in folders:
+        path = tmp_path_factory.mktemp(request.param)
+        for name in ("train.jsonl", "test.jsonl", "train", "test"):
+            if (folder / name).exists():
+                (path / name).symlink_to(folder / name)
+        (path / "model").mkdir()
+        folders[request.param] = SimpleNamespace(
+            name=request.param, folder=path, kind=make(request.param, path / "model")
+        )
+    return folders[request.param]
+
+
+def pairs(flags):
+    """(name, value) of flags as one types them."""
+    words = flags.split()
+    return [(name.removeprefix("--"), value) for name, value in zip(words[::2], words[1::2])]
+
+
+def load(family):
+    model, processor = load_model(str(family.folder / "model"), torch.float32)
+    return model.eval(), processor
+
+
+def gradients(model, logps):
+    model.zero_grad()
+    weight = torch.randn(logps.shape, generator=torch.Generator().manual_seed(1))
+    (logps * weight).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(one, two):
+    assert one.keys() == two.keys()
+    for name, grad in one.items():
+        assert torch.allclose(two[name], grad, rtol=1e-4, atol=1e-5 * max(1, grad.abs().max())), name
+
+
+def test_log_probs_and_gradients_are_those_of_its_plain_forward(family, examples):
+    """Clips, prompts and completions of unequal length; one holds a twin of the placeholder."""
+    model, processor = load(family)
+    placeholder, twin = model.config.audio_token_id, 40
+    with torch.no_grad():
+        for table in (model.get_input_embeddings().weight, model.lm_head.weight):
+            table[placeholder] = table[twin]
+    inputs = inputs_of(processor, examples[4:6])
+    prompts = inputs["attention_mask"].sum(1)
+    assert prompts[0] != prompts[1]
+    ids, mask = random_completions(LENGTHS)
+    ids[ids == placeholder] = twin
+    ids[0, 1, 2] = twin
+    plain = repeated_logps(model, inputs, ids, mask, 0.8)
+    expected = gradients(model, plain)
+    ids[0, 1, 2] = placeholder
+    ours = shared_prompt_logps(model, inputs, ids, mask, 0.8)
+    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=0)
+    found = gradients(model, ours)
+    # the two tables tell the twins apart
+    tables = {name for name in expected if "embed_tokens" in name or "lm_head" in name}
+    for grads in (expected, found):
+        for name in tables:
+            grads[name][twin] += grads[name][placeholder]
+            grads[name][placeholder] = 0
+    assert_same_gradients(expected, found)
+    assert any("audio_tower" in name for name in found)
+
+
+def test_two_micro_batches_are_one(family, examples):
+    model, processor = load(family)
+    inputs = inputs_of(processor, examples[4:6])
+    ids, mask = random_completions(LENGTHS)
+    one = shared_prompt_logps(model, inputs, ids, mask, 1.0)
+    halves = [slice(0, 1), slice(1, 2)]
+    parts = [shared_prompt_logps(model, select_rows(inputs, r), ids[r], mask[r], 1.0) for r in halves]
+    torch.testing.assert_close(torch.cat(parts), one, atol=1e-5, rtol=0)
+    assert_same_gradients(gradients(model, one), gradients(model, torch.cat(parts)))
+
+
+def test_in_bf16_it_says_about_the_same(family, examples):
+    model, processor = load(family)
+    inputs = inputs_of(processor, examples[4:6])
+    ids, mask = random_completions(LENGTHS)
+    exact = shared_prompt_logps(model, inputs, ids, mask, 1.0)
+    half = shared_prompt_logps(model.to(torch.bfloat16), inputs, ids, mask, 1.0)
+    assert half.dtype == torch.float32 and 0 < (half - exact).abs().max() < 0.2
+    sample(model, inputs, eos_tokens(model, processor), 3)
+
+
+def test_greedy_is_its_own_generate(family, examples):
+    model, processor = load(family)
+    inputs = inputs_of(processor, examples[4:6])
+    ids, mask = sample(model, inputs, eos_tokens(model, processor), 8)
+    theirs = model.generate(**inputs, max_new_tokens=8)[:, inputs["input_ids"].shape[1] :]
+    for b, real in enumerate(mask[:, 0]):
+        assert torch.equal(ids[b, 0, real], theirs[b, : real.sum()])
+
+
+def test_it_hears(family, examples):
+    model, processor = load(family)
+    inputs, other = inputs_of(processor, examples[:1]), inputs_of(processor, examples[1:2])
+    ids, mask = random_completions([[4]])
+    logps = shared_prompt_logps(model, inputs, ids, mask, 1.0)
+    features = other["input_features"] * (inputs["input_features"] != 0) if family.name == "glmasr" else None
+    other = inputs | {"input_features": other["input_features"] if features is None else features}
+    assert (logps - shared_prompt_logps(model, other, ids, mask, 1.0)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("flags", [{}, {"freeze_audio_encoder": True}, {"lora_rank": 2}], ids=str)
+def test_what_is_trained_gets_a_gradient_and_a_frozen_encoder_runs_once(family, examples, flags):
+    settings = config("train_grpo", family.folder, "unused", **flags)
+    model, processor, adapters = load_policy(settings, Accelerator())
+    inputs = inputs_of(processor, examples[4:6])
+    ids, mask = random_completions(LENGTHS)
+    logps = shared_prompt_logps(model, inputs, ids, mask, 1.0)
+    found = gradients(model, logps)
+    # DDP does not finish if one is left out
+    assert found.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    reached = {part for part in ("audio_tower", "projector", "language_model") for n in found if part in n}
+    if flags == {"lora_rank": 2}:
+        assert reached == {"language_model"}
+    else:
+        projector = {"projector"} - ({"projector"} if "omni" in family.name else set())
+        assert reached == {"language_model"} | projector | ({"audio_tower"} if not flags else set())
+    assert encoder_is_frozen(model) == (bool(flags) and "projector" not in reached)
+    with torch.no_grad():
+        inputs["encoded_audio"] = encode_audio(model, inputs)
+    again = shared_prompt_logps(model, inputs, ids, mask, 1.0)
+    assert torch.equal(again, logps)
+    second = select_rows(inputs, slice(1, 2))
+    torch.testing.assert_close(
+        shared_prompt_logps(model, second, ids[1:], mask[1:], 1.0), logps[1:], atol=1e-5, rtol=0
+    )
+    layers = Policy(model)._no_split_modules
+    assert any("Encoder" in name for name in layers) and any("Decoder" in name for name in layers)
+
+
+@pytest.mark.parametrize("flags", [{}, {"lora_rank": 2, "lora_target": "all"}], ids=["full", "lora"])
+def test_what_is_saved_its_own_class_loads(
+    family, examples, tmp_path, monkeypatch, reward_odd_lengths, flags
+):
+    runs, finish = [], train_grpo.finish
+    monkeypatch.setattr(train_grpo, "finish", lambda run, *args: (runs.append(run), finish(run, *args)))
+    run_script("train_grpo", family.folder, tmp_path / "run", **flags)
+    trained = runs[0].model.eval()
+    if flags:
+        from peft import PeftModel
+
+        base = family.kind.from_pretrained(family.folder / "model", dtype=torch.float32)
+        loaded = PeftModel.from_pretrained(base, tmp_path / "run").get_base_model()
+    else:
+        loaded = family.kind.from_pretrained(tmp_path / "run")
+        assert loaded.dtype == torch.float32
+    base, _ = load(family)
+    processor = load_processor(str(tmp_path / "run"))
+    if "omni" in family.name:  # as its users have it, and not as it is used here
+        assert processor.feature_extractor.chunk_length == 300
+    inputs = inputs_of(processor, examples[4:6])
+    ids, mask = random_completions(LENGTHS)
+    expected, found, untrained = (
+        shared_prompt_logps(m.eval(), inputs, ids, mask, 1.0) for m in (trained, loaded, base)
+    )
+    assert torch.equal(found, expected) and not torch.allclose(found, untrained, atol=1e-4)
+
+
+def test_supervised_training_evaluation_and_merging(family, tmp_path, monkeypatch, capsys):
+    """An answer to imitate ends as the model's own turn; what was trained is asked, then merged and asked."""
+    run_script("train_sft", family.folder, tmp_path / "run", lora_rank=2, merge=True)
+    processor = load_processor(str(family.folder / "model"))
+    ids, mask = train_sft.answer_batch(processor, [SimpleNamespace(answer="a dog")], "answer")
+    end = "</s>" if family.name == "voxtral" else "<|im_end|>"
+    assert ids[0, 0, -1] == processor.tokenizer.convert_tokens_to_ids(end) and mask.all()
+    assert processor.tokenizer.decode(ids[0, 0, :-1].tolist()) == "<answer>a dog</answer>"
+    data, ask = str(family.folder / "test.jsonl"), str(next((family.folder / "test").glob("*.wav")))
+    results = []
+    for model in ("run", "run/merged"):
+        flags = f"--model {tmp_path / model} --max_new_tokens 4 --limit 4"
+        monkeypatch.setattr(
+            "sys.argv",
+            ["evaluate.py", *flags.split(), "--data", data, "--output", str(tmp_path / "eval" / model)],
+        )
+        evaluate.main()
+        results.append(json.loads((tmp_path / "eval" / model / "predictions.json").read_text()))
+    assert [row["model_output"] for row in results[0]] == [row["model_output"] for row in results[1]]
+    question = f"--model {tmp_path}/run/merged --ask {ask} --question What? --choices a b --max_new_tokens 3"
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *question.split()])
+    evaluate.main()
+    assert "error" not in capsys.readouterr().err
+
+
+def test_of_a_clip_over_30_s_the_rest_is_cut(family, examples):
+    """The toy's window is 2 s, and Omni's 300 s in its own settings."""
+    _, processor = load(family)
+    seconds = 30 if family.name in ("qwen2_5_omni", "qwen3_omni_moe", "voxtral") else toy.SECONDS
+    assert window(processor) == seconds * SAMPLE_RATE
+    wave = np.random.default_rng(0).normal(0, 0.1, (seconds + 3) * SAMPLE_RATE).astype(np.float32)
+    long, cut = (
+        make_batch(processor, examples[:1], [w], "answer") for w in (wave, wave[: window(processor)])
+    )
+    assert is_cut(processor, wave) and not is_cut(processor, wave[: window(processor)])
+    assert len(long["input_features"]) == 1 and all(torch.equal(long[name], cut[name]) for name in cut)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [{}, {"lora_rank": 2}], ids=["full", "LoRA"])
+def test_the_same_run_in_two_processes_under_fsdp2(family, tmp_path, reward_odd_lengths, plain_sgd, flags):
+    flags = flags | dict(lr=0.1, max_steps=3)
+    run_script("train_grpo", family.folder, tmp_path / "one", **flags)
+    two = config("train_grpo", family.folder, tmp_path / "two", **flags)
+    without = "import families, pytest\nfamilies.without_torchvision(pytest.MonkeyPatch())\n"
+    launch(training_code("train_grpo", SGD + without), *as_flags(two), fsdp=True)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_grpo_teaches_a_tiny_omni(tmp_path, monkeypatch):
+    """A Qwen2.5-Omni of the toy's size, warmed up as the toy is: GRPO must gain 15 points."""
+    without_torchvision(monkeypatch)
+    toy.make_data(tmp_path, "train", 1600, seed=1)
+    toy.make_data(tmp_path, "test", 300, seed=2)
+    make_omni("qwen2_5_omni", tmp_path / "model", size=128, seconds=toy.SECONDS, window=100)
+    files = dict(data=str(tmp_path / "train.jsonl"), eval_data=str(tmp_path / "test.jsonl"))
+    for script, flags, model in (
+        ("train_sft", toy.WARMUP, "model"),
+        ("train_grpo", toy.TRAINING + " --micro_batch 16", "train_sft"),
+    ):
+        flags = {
+            name: float(value) if "." in value or "e" in value else int(value) for name, value in pairs(flags)
+        }
+        settings = dict(model=str(tmp_path / model), output=str(tmp_path / script)) | files
+        settings = importlib.import_module(script).Config(**settings | flags)
+        importlib.import_module(script).train(settings)
+    before, *_, after = [
+        line["eval_accuracy"] for line in metrics(tmp_path / "train_grpo") if "eval_accuracy" in line
+    ]
+    print(before, after)
+    assert after > before + 0.15
+
+
+# ---------------------------------------------------------------- loading
+
+
+def full_omni(thinker, path, gigabytes=0):
+    """Save a thinker as the hub has the full model: in shards, with a talker and a vocoder."""
+    thinker.save_pretrained(path)  # in the hub's names
+    saved = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    weights = {f"thinker.{name}": weight for name, weight in saved.items()}
+    shards = {"thinker": weights, "rest": {"talker.model.norm.weight": torch.ones(8)}}
+    vocoder = "token2wav" if thinker.config.model_type.startswith("qwen2_5") else "code2wav"
+    shards["rest"][f"{vocoder}.proj_out.weight"] = torch.ones(8, 8)
+    index = {}
+    for n, tensors in enumerate(shards.values(), 1):
+        shard = f"model-0000{n}-of-00003.safetensors"
+        save_file(tensors, path / shard, {"format": "pt"})
+        index |= dict.fromkeys(tensors, shard)
+    # a large tensor that takes no disk: a header, and a hole
+    shape = [gigabytes << 28]
+    header = {"talker.codec_head.weight": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 * shape[0]]}}
+    header = json.dumps(header).encode()
+    with open(path / "model-00003-of-00003.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + 4 * shape[0])
+    index["talker.codec_head.weight"] = "model-00003-of-00003.safetensors"
+    total = {"metadata": {"total_size": 0}, "weight_map": index}
+    (path / "model.safetensors.index.json").write_text(json.dumps(total))
+    config = json.loads((path / "config.json").read_text())
+    kind = config["model_type"].removesuffix("_thinker")
+    (path / "config.json").write_text(json.dumps({"model_type": kind, "thinker_config": config}))
+
+
+def memory(name):
+    """A line of this process's status in GB."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(name)) / 1e6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("name", ["qwen2_5_omni", "qwen3_omni_moe"])
+def test_of_a_full_omni_checkpoint_the_thinker_alone_is_read(name, tmp_path, monkeypatch, examples):
+    without_torchvision(monkeypatch)
+    make(name, tmp_path / "thinker")
+    thinker, processor = load_model(str(tmp_path / "thinker"), torch.float32)
+    full_omni(thinker, tmp_path / "full", gigabytes=4)
+    processor.save_pretrained(tmp_path / "full")
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak starts anew
+    before = memory("VmRSS")
+    loaded, processor = load_model(str(tmp_path / "full"), torch.float32)
+    assert memory("VmHWM") - before < 0.5
+    inputs = inputs_of(processor, examples[:2])
+    ids, mask = random_completions(LENGTHS)
+    one, two = (shared_prompt_logps(m.eval(), inputs, ids, mask, 1.0) for m in (thinker, loaded))
+    assert torch.equal(one, two)
+
+
+def test_an_unknown_kind_is_told_what_is_supported(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(
+        BadInput, match="is a llama model; supported are qwen2_audio, qwen2_5_omni, .*voxtral"
+    ):
+        load_model(str(tmp_path))
+
+
+def test_a_kind_that_this_transformers_lacks_is_told_which_has_it(folder, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "qwen2_audio", ("NotYetThere", "99.1"))
+    with pytest.raises(BadInput, match="needs transformers 99.1, and .* is installed"):
+        load_model(str(folder / "model"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchvision"), reason="torchvision is installed")
+def test_a_package_that_a_processor_wants_is_asked_for(tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        without_torchvision(patch)
+        make("qwen2_5_omni", tmp_path)
+    settings = json.loads((tmp_path / "processor_config.json").read_text())
+    settings["video_processor"] = {"video_processor_type": "Qwen2VLVideoProcessor"}
+    (tmp_path / "processor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(BadInput, match="pip install pillow torchvision: .*Video"):
+        load_processor(str(tmp_path))
+
+
+def test_no_other_script_asks_which_model_it_is():
+    for path in ROOT.glob("*.py"):
+        if path.name not in ("model.py", "toy.py"):  # the toy makes a Qwen2-Audio
+            assert not re.search("model_type|ForConditionalGeneration", path.read_text()), path.name
