@@ -47,7 +47,7 @@ def hub(name: str, *, output: str, split: str = "", limit: str = "0", video_to_a
         raise BadInput(f"{target}: already there; remove it or name another --output")
     lock = lock_folder(output)  # noqa: F841, held to the end
     os.makedirs(os.path.join(output, "clips"), exist_ok=True)
-    total, state = read_progress(progress, [name, split, limit, video_to_audio])
+    total, state = read_progress(progress, call := [name, split, limit, video_to_audio])
     folder = name if os.path.isdir(name) else os.path.dirname(name) if os.path.isfile(name) else None
     most, shown = int(limit) or None, 0
     rows = islice(load_rows(name, split, total, state), most and most - total)
@@ -68,13 +68,13 @@ def hub(name: str, *, output: str, split: str = "", limit: str = "0", video_to_a
                 if not os.path.exists(path := os.path.join(output, item["audio"])):
                     write_whole(path, content)
                 if shown < 3:  # so that a person sees whether it is right
-                    tqdm.write(printable(f"{location}: {json.dumps(item, ensure_ascii=False, default=str)}"))
+                    tqdm.write(printable(f"{location}: {dict(islice(item.items(), 4))}"))
                     shown += 1
-            log.write(json.dumps([is_good, item, state], default=without_bytes) + "\n")
+            log.write(json.dumps([is_good, item, state, call], default=without_bytes) + "\n")
 
     def items(good):
         with open(progress) as log:
-            yield from (item for is_good, item, _ in map(json.loads, islice(log, 1, None)) if is_good == good)
+            yield from (item for is_good, item, *_ in map(json.loads, log) if is_good == good)
 
     reasons = [item["reason"] for item in items(False)]
     first = f"; the first: {reasons[0]}" if reasons else ""
@@ -87,7 +87,7 @@ def hub(name: str, *, output: str, split: str = "", limit: str = "0", video_to_a
     os.remove(progress)
     say(f"{total} rows: {total - len(reasons)} in {target}, {len(reasons)} unusable")
     if reasons:
-        say(f"the unusable, each with its reason, in {left_out}{first}")
+        say(f"these, each with its reason, in {left_out}{first}")
 
 
 def load_rows(name: str, split: str, done: int, state) -> Iterator[tuple[object, str, object]]:
@@ -123,18 +123,18 @@ def load_rows(name: str, split: str, done: int, state) -> Iterator[tuple[object,
 
 def read_progress(path: str, call: list) -> tuple[int, object]:
     """How many rows an interrupted call with the same flags has read, and the loader's state after them."""
-    if not os.path.exists(path):
-        write_rows(path, [call])
-    end, lines = 0, 0
-    with open(path, "rb+") as file:
+    done, state, end = 0, None, 0
+    with open(path, "ab+") as file:
+        file.seek(0)
         for line in file:
             if not line.endswith(b"\n"):  # cut by a kill
                 break
-            end, lines, last = end + len(line), lines + 1, json.loads(line)
-            if lines == 1 and last != call:
+            *_, state, made_by = json.loads(line)
+            if made_by != call:
                 raise BadInput(f"{path}: of a call with other flags; repeat that, or name another --output")
+            done, end = done + 1, end + len(line)
         file.truncate(end)
-    return lines - 1, last[2] if lines > 1 else None
+    return done, state
 
 
 def cells(value: object) -> list[dict]:
@@ -149,9 +149,7 @@ def read_clip(row: dict, folder: str | None) -> tuple[bytes, str]:
     columns = columns or [column for column in ("audio", "audio_path", "audio_id") if row.get(column)][:1]
     clips = [clip for c in columns for clip in (row[c] if isinstance(row[c], list) else [row[c]])]
     if len(clips) != 1:
-        raise BadInput(
-            f"{len(clips)} clips ({', '.join(columns) or 'no column audio'}), and a question has one"
-        )
+        raise BadInput(f"{len(clips)} clips ({', '.join(columns) or 'no column audio'}), not one")
     clip = clips[0] if cells(clips) else {"path": clips[0]}
     path = clip.get("path")
     if clip.get("bytes"):

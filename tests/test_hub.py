@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import runpy
 import socket
 import sys
 from types import SimpleNamespace
@@ -175,7 +176,7 @@ DATA_SETS = {  # rows, what they become, reasons of those that cannot be used
     "gamma-lab-umd/MMAU-Pro": (
         MMAU_PRO,
         MMAU_PRO[:3],
-        ["2 clips (audio_path), and a question has one", "no list of at least two options (key 'choices')"],
+        ["2 clips (audio_path), not one", "no list of at least two options (key 'choices')"],
     ),
 }  # fmt: skip
 
@@ -289,6 +290,7 @@ def test_a_converted_file_trains_and_evaluates(folder, tmp_path, monkeypatch, se
         (["A.M.", "P.M."], "P.M.", (["A.M.", "P.M."], "P.M.")),
         (["B. cat", "A. dog"], "A. dog", (["B. cat", "A. dog"], "A. dog")),  # its text, whatever letters mean
         (["A. dog", "cat"], "cat", (["A. dog", "cat"], "cat")),
+        (["dog", "B. cat"], "B. cat", (["dog", "B. cat"], "B. cat")),
         (["Ω", "日本語 🐕"], "日本語 🐕", (["Ω", "日本語 🐕"], "日本語 🐕")),
         ([" dog", "cat "], "dog", ([" dog", "cat "], "dog")),
         ([True, "no"], "no", "option 1 is not text"),
@@ -368,6 +370,7 @@ def test_columns_of_the_original_avqa_do_not_stay_beside_ours():
     }
     own = {"question": "What is in the video?", "choices": ["dog", "cat"], "answer": "cat", "video_id": 3}
     assert prepare_data.to_own_format(row, False) == own
+    assert prepare_data.to_own_format(row | own, False) == own
     assert prepare_data.to_own_format(row, True) == own | {"question": "What is in the audio?"}
 
 
@@ -444,7 +447,7 @@ def test_the_loader_is_asked_for_what_was_named(tmp_path, serve, capsys):
     assert [row["id"] for row in rows] == [0, 1, 2, 3]
     out = capsys.readouterr().out
     assert [f"row {n}: " in out for n in (1, 2, 3, 4)] == [True, True, True, False]  # three are shown
-    assert '"choices": ["dog", "cat"], "answer": "cat"' in out and "4 rows: 4 in" in out
+    assert "'question': '?', 'choices': ['dog', 'cat'], 'answer': 'cat'}\n" in out and "4 rows: 4 in" in out
     calls = serve({"train": StandIn([]), "test": StandIn([])})
     with pytest.raises(BadInput, match="some/name: has the splits train, test: choose one by --split"):
         convert("some/name", tmp_path / "other")
@@ -456,12 +459,14 @@ def test_an_interrupted_call_goes_on(tmp_path, serve):
     rows[2]["audio"] = cell(b"not a sound", "x.wav")
     serve(StandIn(rows))
     expected = convert("some/name", tmp_path / "whole")
-    calls = serve(StandIn(rows, stop=5))
+    serve(StandIn(rows, stop=5))
     with pytest.raises(KeyboardInterrupt):
         convert("some/name", tmp_path / "out")
     assert not (tmp_path / "out" / "questions.jsonl").exists()
-    with open(tmp_path / "out" / "progress.jsonl", "a") as file:
-        file.write('[true, {"audio": "clips/half a li')  # a kill may leave that
+    progress = tmp_path / "out" / "progress.jsonl"
+    lines = progress.read_text().splitlines(keepends=True)
+    assert len(lines) == 5
+    progress.write_text("".join(lines[:4]) + lines[4][:30])  # as a kill may leave it, after the clip
     clips = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "clips").iterdir()}
     assert len(clips) == 4
     with pytest.raises(BadInput, match="of a call with other flags; repeat that"):
@@ -472,7 +477,7 @@ def test_an_interrupted_call_goes_on(tmp_path, serve):
     monkey = source.load_state_dict
     source.load_state_dict = lambda state: (starts.append(state), monkey(state))
     assert convert("some/name", tmp_path / "out") == expected
-    assert starts == [{"next": 5}] and calls
+    assert starts == [{"next": 4}]
     assert all(path.stat().st_mtime_ns == time for path, time in clips.items())
     lost = [read(tmp_path / part / "questions.left_out.jsonl") for part in ("whole", "out")]
     assert lost[0] == lost[1] and len(lost[0]) == 1
@@ -494,9 +499,9 @@ def test_an_interrupted_call_on_json_lines_goes_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr(prepare_data, "read_clip", stop_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
-        convert(path, tmp_path / "out")
-    assert [row["n"] for row in convert(path, tmp_path / "out")] == list(range(6))
-    assert len(calls) == 4 + 3  # three rows were done
+        convert(path, tmp_path / "out", limit="5")
+    assert [row["n"] for row in convert(path, tmp_path / "out", limit="5")] == list(range(5))
+    assert len(calls) == 4 + 2  # three rows were done
 
 
 def test_what_cannot_be_converted_leaves_one_line(tmp_path, serve, monkeypatch):
@@ -512,8 +517,13 @@ def test_what_cannot_be_converted_leaves_one_line(tmp_path, serve, monkeypatch):
     with pytest.raises(BadInput, match="--limit must be a whole number, not -1"):
         convert("some/name", tmp_path / "out", limit="-1")
     with pytest.raises(BadInput, match="--split test is for a name or a folder"):
-        convert(write(tmp_path / "a.jsonl", some := [{"a": 1}]), tmp_path / "out2", split="test")
-    assert some
+        convert(write(tmp_path / "a.jsonl", [{"a": 1}]), tmp_path / "out2", split="test")
+    serve({"train": StandIn(some_rows(1)), "test": StandIn([])})
+    with pytest.raises(BadInput, match="choose one by --split"):
+        convert("some/name", tmp_path / "out")
+    serve(StandIn(some_rows(1)))  # with no row read, other flags may follow
+    assert len(convert("some/name", tmp_path / "out", split="train")) == 1
+    (tmp_path / "out" / "questions.jsonl").unlink()
     monkeypatch.setitem(sys.modules, "datasets", None)  # as where it is not installed
     with pytest.raises(BadInput, match="`pip install datasets` first"):
         convert("some/name", tmp_path / "out")
@@ -648,19 +658,22 @@ def test_filter_takes_what_evaluate_wrote(folder, tmp_path, monkeypatch):
     run_script("train_grpo", folder, tmp_path / "run", data=str(output), audio_dir=str(folder), max_steps=1)
 
 
-def test_commands_by_their_flags(tmp_path):
-    import subprocess
-
+def test_commands_by_their_flags(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "a.wav").write_bytes(WAV)
     write(tmp_path / "rows.jsonl", [asked("?", ["A. dog", "B. cat"], "b", audio="a.wav")])
-    command = [sys.executable, ROOT / "prepare_data.py"]
     for words, says in (
         (["hub", "rows.jsonl", "--output", "out"], "1 rows: 1 in out/questions.jsonl, 0 unusable"),
         (["check", "out/questions.jsonl"], "1 rows, 0 of them unusable"),
+        (["hub", "rows.jsonl", "--output", "out"], "error: out/questions.jsonl: already there"),
         (
             ["filter", "rows.jsonl", "--predictions", "rows.jsonl", "--output", "x"],
-            "error: rows.jsonl: none is left",
+            "error: rows.jsonl: none is",
         ),
     ):
-        done = subprocess.run([*command, *words], cwd=tmp_path, capture_output=True, text=True)
-        assert says in done.stdout + done.stderr and "Traceback" not in done.stderr, done.stderr
+        monkeypatch.setattr(sys, "argv", ["prepare_data.py", *words])
+        try:
+            runpy.run_path(str(ROOT / "prepare_data.py"), run_name="__main__")
+        except SystemExit as end:
+            print(end)
+        assert says in capsys.readouterr().out
