@@ -1,9 +1,11 @@
 """`prepare_data.py hub`: rows as the hub has them, with real sound, to rows that train and evaluate."""
 
 import hashlib
+import inspect
 import io
 import json
 import os
+import re
 import runpy
 import socket
 import sys
@@ -677,3 +679,14 @@ def test_commands_by_their_flags(tmp_path, monkeypatch, capsys):
         except SystemExit as end:
             print(end)
         assert says in capsys.readouterr().out
+
+
+def test_the_readmes_commands_have_flags_that_exist():
+    commands = re.findall(
+        r"^    python prepare_data\.py (\w+) .*", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    lines = re.findall(r"^    python prepare_data\.py .*", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert {"hub", "avqa", "check", "filter"} <= set(commands)
+    for name, line in zip(commands, lines, strict=True):
+        parameters = inspect.signature(getattr(prepare_data, name)).parameters
+        assert set(re.findall(r"--(\w+)", line)) <= parameters.keys(), line
