@@ -10,11 +10,12 @@ A row of any of these becomes one `Example`; anything else is refused with file,
 """
 
 import hashlib
+import io
 import json
 import os
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -228,12 +229,15 @@ def chat_text(processor, example: Example, prompt: str) -> str:
     return processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
 
 
-def open_audio(path: str) -> soundfile.SoundFile:
-    """Open a clip, reading its header only. Raises BadInput if it is no sound, under 0.1 s, or cut short."""
-    if not os.path.isfile(path):
+def open_audio(path: str, content: bytes | None = None) -> soundfile.SoundFile:
+    """Open a clip, reading its header only. Raises BadInput if it is no sound, under 0.1 s, or cut short.
+
+    content: the clip's bytes, where `path` is but a name for messages.
+    """
+    if content is None and not os.path.isfile(path):
         raise BadInput(f"{path}: no such audio file")
     try:
-        file = soundfile.SoundFile(path)
+        file = soundfile.SoundFile(path if content is None else io.BytesIO(content))
     except (soundfile.LibsndfileError, OSError, TypeError) as error:  # TypeError: a name that ends in .raw
         raise BadInput(f"{path}: cannot be read as audio ({getattr(error, 'error_string', error)})") from None
     # libsndfile's log tells what its numbers hide; of 2 GiB and more the writer could not know the size
@@ -385,20 +389,22 @@ def sha256(path: str) -> str:
         return hashlib.sha256(file.read()).hexdigest()
 
 
-def write_whole(path: str, text: str) -> None:
+def write_whole(path: str, content: str | bytes | Iterable[str]) -> None:
     """Write a file that is there whole or not at all. Raises BadInput where it cannot be written."""
+    parts = [content] if isinstance(content, (str, bytes)) else content
     try:
-        # half a surrogate pair, which JSON can hold and UTF-8 cannot, is written as JSON escapes it
-        with open(f"{path}.partial", "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
+        with open(f"{path}.partial", "wb") as file:
+            for part in parts:
+                # half a surrogate pair, which JSON can hold and UTF-8 cannot, is written as JSON escapes it
+                file.write(part if isinstance(part, bytes) else part.encode("utf-8", "backslashreplace"))
         os.replace(f"{path}.partial", path)
     except OSError as error:
         raise BadInput(f"{path}: cannot be written ({error.strerror})") from None
 
 
-def write_rows(path: str, rows: list) -> None:
+def write_rows(path: str, rows: Iterable) -> None:
     """Write rows as JSON Lines, whole or not at all."""
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_whole(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def lock_folder(path: str) -> FileLock:

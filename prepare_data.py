@@ -1,23 +1,238 @@
-"""Get data ready: AVQA to training rows, and a file checked before a GPU is rented.
+"""Get data ready: fetch it by its name on the hub, or convert AVQA; check it; filter it.
 
+python prepare_data.py hub TwinkStart/MMAU --split v05.15.25 --output mmau
 python prepare_data.py avqa train_qa.json --audio_dir vggsound --output avqa_train.jsonl
 python prepare_data.py check avqa_train.jsonl
+python prepare_data.py filter avqa_train.jsonl --predictions runs/eval/predictions.json --output hard.jsonl
 """
 
+import hashlib
+import json
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from tqdm import tqdm
 
-from data import BadInput, Example, blame, check_answer, check_prompt, load_audio, open_audio, read_rows
-from data import to_example, write_rows
+from data import BadInput, Example, blame, check_answer, check_prompt, load_audio, lock_folder, open_audio
+from data import printable, read_rows, to_example, write_rows, write_whole
 from flags import run_command, say
 from model import load_processor
+from rewards import judge, prediction_of
+
+# ---------------------------------------------------------------- from the hub
+
+
+def hub(name: str, *, output: str, split: str = "", limit: str = "0", video_to_audio: bool = False) -> None:
+    """Turn a data set of the hub, or a local one, into rows for training or evaluation.
+
+    name: on the hub; or a folder or file of parquet, arrow or JSON Lines, with the sound inside or beside it.
+    output: folder for questions.jsonl and the clips, each written once, as the bytes it came in; rows that
+    cannot be used go to questions.left_out.jsonl, each with its reason. limit: read the first so many rows;
+    0: all. video_to_audio: questions say "audio" for "video", as R1-AQA's. An interrupted call goes on.
+    """
+    target, left_out, progress = (
+        os.path.join(output, f"{part}.jsonl") for part in ("questions", "questions.left_out", "progress")
+    )
+    if not limit.isdecimal():
+        raise BadInput(f"--limit must be a whole number, not {limit}")
+    if os.path.exists(target):
+        raise BadInput(f"{target}: already there; remove it or name another --output")
+    lock = lock_folder(output)  # noqa: F841, held to the end
+    os.makedirs(os.path.join(output, "clips"), exist_ok=True)
+    total, state = read_progress(progress, call := [name, split, limit, video_to_audio])
+    folder = name if os.path.isdir(name) else os.path.dirname(name) if os.path.isfile(name) else None
+    most, shown = int(limit) or None, 0
+    rows = islice(load_rows(name, split, total, state), most and most - total)
+    with open(progress, "a") as log:
+        for row, location, state in tqdm(rows, desc="rows", initial=total, total=most, disable=None):
+            total, is_good = total + 1, True
+            try:
+                with blame(location):
+                    item = to_own_format(row, video_to_audio)
+                    content, clip = read_clip(row, folder)
+                    with open_audio(clip, content) as file:
+                        kind = file.format.lower().replace("wavex", "wav")
+            except BadInput as error:
+                is_good, item = False, {"reason": str(error), "row": row}
+            if is_good:
+                # a safe name, and the same for the same clip
+                item = {"audio": f"clips/{hashlib.sha256(content).hexdigest()[:32]}.{kind}"} | item
+                if not os.path.exists(path := os.path.join(output, item["audio"])):
+                    write_whole(path, content)
+                if shown < 3:  # so that a person sees whether it is right
+                    tqdm.write(printable(f"{location}: {dict(islice(item.items(), 4))}"))
+                    shown += 1
+            log.write(json.dumps([is_good, item, state, call], default=without_bytes) + "\n")
+
+    def items(good):
+        with open(progress) as log:
+            yield from (item for is_good, item, *_ in map(json.loads, log) if is_good == good)
+
+    reasons = [item["reason"] for item in items(False)]
+    first = f"; the first: {reasons[0]}" if reasons else ""
+    if len(reasons) == total:
+        os.remove(progress)
+        raise BadInput(f"{name}: none of {total} rows can be used{first}")
+    if reasons:
+        write_rows(left_out, items(False))
+    write_rows(target, items(True))
+    os.remove(progress)
+    say(f"{total} rows: {total - len(reasons)} in {target}, {len(reasons)} unusable")
+    if reasons:
+        say(f"these, each with its reason, in {left_out}{first}")
+
+
+def load_rows(name: str, split: str, done: int, state) -> Iterator[tuple[object, str, object]]:
+    """Rows after the first `done`, each with its location and the loader's state; no sound is decoded."""
+    kind = os.path.splitext(name)[1] if os.path.isfile(name) else ""
+    if split and kind:
+        raise BadInput(f"--split {split} is for a name or a folder, and {name} is a file")
+    if kind in (".json", ".jsonl"):
+        yield from ((row, location, None) for row, location in read_rows(name)[0][done:])
+        return
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise BadInput("`pip install datasets` first: it reads the hub, parquet and arrow") from None
+    with blame(name):
+        if kind in (".parquet", ".arrow"):
+            data = load_dataset(kind[1:], data_files=name, split="train", streaming=True)
+        elif os.path.isfile(os.path.join(name, split, "state.json")):  # of save_to_disk
+            files = os.path.join(name, split, "*.arrow")
+            data = load_dataset("arrow", data_files=files, split="train", streaming=True)
+        else:
+            data = load_dataset(name, split=split or None, streaming=True)
+        if isinstance(data, dict):
+            if len(data) > 1:
+                raise BadInput(f"has the splits {', '.join(data)}: choose one by --split")
+            (data,) = data.values()
+        data = data.decode(False)
+        if state:
+            data.load_state_dict(state)
+        for n, row in enumerate(data, done + 1):
+            yield row, f"{name}: row {n}", data.state_dict()
+
+
+def read_progress(path: str, call: list) -> tuple[int, object]:
+    """How many rows an interrupted call with the same flags has read, and the loader's state after them."""
+    done, state, end = 0, None, 0
+    with open(path, "ab+") as file:
+        file.seek(0)
+        for line in file:
+            if not line.endswith(b"\n"):  # cut by a kill
+                break
+            *_, state, made_by = json.loads(line)
+            if made_by != call:
+                raise BadInput(f"{path}: of a call with other flags; repeat that, or name another --output")
+            done, end = done + 1, end + len(line)
+        file.truncate(end)
+    return done, state
+
+
+def cells(value: object) -> list[dict]:
+    """The clips {bytes, path} that a column's value is, or is a list of."""
+    values = value if isinstance(value, list) else [value]
+    return [v for v in values if isinstance(v, dict) and v and v.keys() <= {"bytes", "path"}]
+
+
+def read_clip(row: dict, folder: str | None) -> tuple[bytes, str]:
+    """Bytes and name of a row's one clip. folder: of the rows, for clips beside them; None: on the hub."""
+    columns = [column for column in row if cells(row[column])]
+    columns = columns or [column for column in ("audio", "audio_path", "audio_id") if row.get(column)][:1]
+    clips = [clip for c in columns for clip in (row[c] if isinstance(row[c], list) else [row[c]])]
+    if len(clips) != 1:
+        raise BadInput(f"{len(clips)} clips ({', '.join(columns) or 'no column audio'}), not one")
+    clip = clips[0] if cells(clips) else {"path": clips[0]}
+    path = clip.get("path")
+    if clip.get("bytes"):
+        return clip["bytes"], path or "the clip"
+    if not isinstance(path, str) or not path.strip():
+        raise BadInput(f"an empty clip ({columns[0]})")
+    if folder is None:
+        ways = "`hf download` it, unpack its archives, and name its file of questions instead"
+        raise BadInput(f"{path} lies beside the rows in the repository: {ways}")
+    path = os.path.join(folder, path)
+    if not os.path.isfile(path):
+        raise BadInput(f"{path}: no such audio file")
+    with open(path, "rb") as file:
+        return file.read(), path
+
+
+def without_bytes(value: object) -> str:
+    """What stands in JSON for a value that it cannot hold."""
+    return f"<{len(value)} bytes>" if isinstance(value, bytes) else str(value)
+
+
+def to_own_format(row: object, video_to_audio: bool) -> dict:
+    """question, choices and answer as data.py reads them, and the row's other columns but the clip.
+
+    Raises BadInput unless there is exactly one way to read the row.
+    """
+    if not isinstance(row, dict):
+        raise BadInput("not a JSON object")
+    question_key = "question" if row.get("question") else "question_text"
+    choices_key = next((key for key in ("choices", "multi_choice", "options") if row.get(key)), "choices")
+    question, choices = row.get(question_key), row.get(choices_key)
+    if isinstance(choices, str):
+        with suppress(ValueError):  # then to_example refuses it
+            choices = json.loads(choices)
+    if not choices and isinstance(question, str):
+        parts = re.split(r"\n\s*(?:choices|options):\s*\n", question, flags=re.IGNORECASE)
+        if len(parts) == 2 and without_letters(lines := parts[1].strip().splitlines()):
+            question, choices = parts[0], lines
+    if video_to_audio and isinstance(question, str):
+        question = question.replace("video", "audio")
+    own = {"question": question, "choices": choices}
+    choices = to_example(own | {"audio": "clip"}, "", "").choices
+    own = {"question": question, "choices": without_letters(choices) or choices}
+    own["answer"] = to_text(row.get("answer"), choices)
+    used = question_key, choices_key, "question_text", "multi_choice", "answer", "audio"
+    return own | {key: value for key, value in row.items() if key not in used and not cells(value)}
+
+
+def split_letter(text: str) -> tuple[int | None, str]:
+    """(1, "dog") of "B. dog", "b) dog" and "(B) dog"; (1, "") of "B"; (None, text) without a letter."""
+    pattern = r"\s*(?:\(([a-z])\)|([a-z])(?:[.):]|\s*$))\s*(.*)"
+    match = re.fullmatch(pattern, text, re.IGNORECASE | re.DOTALL)
+    return (ord((match[1] or match[2]).lower()) - ord("a"), match[3].strip()) if match else (None, text)
+
+
+def without_letters(choices: list[str]) -> list[str] | None:
+    """The options without their letters, if each has the letter of its position; else None."""
+    parts = [split_letter(choice) for choice in choices]
+    is_lettered = all(position == n and rest for n, (position, rest) in enumerate(parts))
+    return [rest for _, rest in parts] if is_lettered else None
+
+
+def to_text(answer: object, choices: list[str]) -> str | None:
+    """The option that an answer means by its text, letter, both, or index from 0; None for no answer."""
+    if answer is None or answer == "":
+        return None
+    lettered = without_letters(choices)
+    texts = [text.strip() for text in lettered or choices]
+    meant = {text for text in texts if text == str(answer).strip()}
+    position, rest = split_letter(answer) if isinstance(answer, str) else (answer, "")
+    if isinstance(answer, str) and not lettered:
+        # a text comes before a letter ("D" among notes); options with other letters leave open what "D" means
+        has_letters = any(place is not None and rest for place, rest in map(split_letter, choices))
+        position = None if meant or has_letters else position
+    if type(position) is int and 0 <= position < len(texts) and rest in ("", texts[position]):
+        meant.add(texts[position])
+    if len(meant) != 1:
+        problem = f"could be any of {sorted(meant)}" if meant else f"is none of the options {choices}"
+        raise BadInput(f"answer {answer!r} {problem}")
+    return meant.pop()
+
+
+# ---------------------------------------------------------------- from AVQA and its clips
 
 
 @dataclass
@@ -97,6 +312,9 @@ def avqa(questions: str, *, audio_dir: str, output: str) -> None:
     say(f"rows in {output}" + (f"; the others, each with its reason, in {left_out}" if lost else ""))
 
 
+# ---------------------------------------------------------------- any file of questions
+
+
 def check(file: str, *, model: str = "", audio_dir: str = "", decode: bool = False) -> None:
     """Print all that is wrong with a file of questions, then what is in it. Exit status 1: a row is unusable.
 
@@ -146,5 +364,41 @@ def check(file: str, *, model: str = "", audio_dir: str = "", decode: bool = Fal
         sys.exit(1)
 
 
+def filter(file: str, *, predictions: str, output: str, drop: str = "right") -> None:
+    """Keep the questions that a model got wrong (or right).
+
+    predictions: evaluate.py's predictions.json for `file`; with --silence, those got wrong need the sound.
+    drop: right or wrong. output: JSON Lines to write.
+    """
+    if drop not in ("right", "wrong"):
+        raise BadInput(f"--drop {drop}: unknown, choose right or wrong")
+    if os.path.exists(output):
+        raise BadInput(f"{output}: already there; remove it or name another --output")
+    (rows, _), (answers, _) = read_rows(file), read_rows(predictions)
+    if len(answers) > len(rows):
+        raise BadInput(f"{predictions}: has {len(answers)} rows, and {file} only {len(rows)}")
+    kept, marks = [], Counter({None: len(rows) - len(answers)})
+    old = {"model_output", "model_prediction", "completion"}  # where the rows are predictions themselves
+    for (row, location), (answer, place) in zip(rows, answers):
+        mark = judge(answer, place)
+        if not isinstance(row, dict) or any(
+            json.dumps(answer.get(key)) != json.dumps(row[key]) for key in row.keys() - old
+        ):
+            raise BadInput(f"{place}: is not about {location}; were the predictions made from this file?")
+        mark = None if prediction_of(answer) is None else mark
+        marks[mark] += 1
+        if mark == (drop == "wrong"):
+            kept.append(row)
+    counts = f"{len(rows)} rows: {marks[True]} right, {marks[False]} wrong"
+    counts += f", {marks[None]} left out without an answer or a prediction" if marks[None] else ""
+    if not kept:
+        raise BadInput(f"{predictions}: none is left of {counts}")
+    write_rows(output, kept)
+    say(f"{counts}; {len(kept)} in {output}")
+    folder = os.path.dirname(file)
+    if os.path.realpath(os.path.dirname(output)) != os.path.realpath(folder):
+        say(f"its clips are looked for by --audio_dir {folder or '.'}, or another that you named")
+
+
 if __name__ == "__main__":
-    run_command(__doc__, avqa, check)
+    run_command(__doc__, hub, avqa, check, filter)

@@ -77,6 +77,7 @@ def test_every_flag_of_the_tables_exists():
         "multi_gpu",
         "machine_rank",
         "decode",
+        "drop",
     }  # of other scripts, or accelerate's
     assert named - elsewhere <= fields
 
