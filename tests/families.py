@@ -119,7 +119,7 @@ def make_omni(name, folder, size=32, seconds=300, window=20):
         vision |= dict(deepstack_visual_indexes=[0], num_position_embeddings=16)
         text |= dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
     config |= {f"{modality}_{id_key}": ids[f"{modality}_token"] for modality in ("audio", "image", "video")}
-    config |= dict(audio_config=audio, vision_config=vision, text_config=text)
+    config |= dict(audio_config=audio, vision_config=vision, text_config=text, initializer_range=0.08)
     extractor = WhisperFeatureExtractor(feature_size=MELS, chunk_length=seconds)
     chat = CHAT.replace("PLACEHOLDER", "<|audio_bos|><|AUDIO|><|audio_eos|>")
     parts = (ImageProcessor(), Videos(), extractor, tokenizer)
