@@ -245,7 +245,7 @@ def write_samples(run: Run, step: int, groups: Callable[[Run, int], list[dict]])
     rows = groups(run, step)  # on every process the same
     if run.accelerator.is_main_process:
         append_rows(run, "samples.jsonl", rows)
-    lap(run, "samples")
+    lap(run, "follow")
 
 
 def followed_batch(run: Run) -> Batch:
