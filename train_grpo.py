@@ -67,7 +67,7 @@ def train(config: Config) -> None:
     if config.temperature <= 0:
         raise BadInput(f"--temperature must be above 0, not {config.temperature}")
     run = setup(config, config.temperature, with_reference=config.beta > 0)
-    # besides the batch, steps() sees to evaluation, samples.jsonl, learning rate, checkpoints and signals
+    # besides the batch, steps() sees to evaluation, learning rate, checkpoints and signals
     for step, batch in steps(run, held_out_accuracy, followed_groups):
         # 1. sample G completions for each of this process's B prompts; mask: True through the first EOS
         ids, mask = generate(run, batch, config.group_size, config.temperature)  # (B, G, T)
