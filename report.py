@@ -159,7 +159,8 @@ def plot(axes, title: str, curves: dict[str, list]) -> None:
     for i, (label, points) in enumerate(curves.items()):
         style = dict(color=COLOURS[i % 7], linestyle=["-", "--", ":"][i % 3])
         axes.plot(*zip(*points), label=label, marker="." if len(points) < 20 else None, **style)
-    axes.set(title=title, xlabel="step", ylim=(0, 1) if title == "accuracy" else None)
+    limits = {"accuracy": (0, 1), "KL to the reference": (0, None)}
+    axes.set(title=title, xlabel="step", ylim=limits.get(title))
     axes.grid(alpha=0.3)
     if len(curves) > 1:
         axes.legend(frameon=False)
