@@ -28,6 +28,7 @@ from model import LOADABLE, add_saved_adapters, base_of_adapter, check_finite_we
 # flags that a resumed run may change: nothing computed before depends on them (data is known by its content)
 MAY_CHANGE = "output resume save_every keep_states merge log_with eval_data eval_every data audio_dir".split()
 MAY_CHANGE += "skip_bad_audio micro_batch gradient_checkpointing eval_batch_size skip_steps".split()
+MAY_CHANGE += ["samples_every"]
 
 # ---------------------------------------------------------------- saving
 
@@ -151,14 +152,14 @@ def save_checkpoint(run, step: int) -> None:
 # ---------------------------------------------------------------- resuming
 
 
-def read_metrics(folder: str) -> tuple[list[dict], int]:
-    """The lines of a run's metrics.jsonl, and how many whole ones are none.
+def read_metrics(folder: str, name: str = "metrics.jsonl") -> tuple[list[dict], int]:
+    """The lines of a run's metrics.jsonl or samples.jsonl, and how many whole ones are none.
 
     A killed run may end with half a line, which does not count.
     """
     lines, damaged = [], 0
     try:
-        with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8", errors="replace") as file:
+        with open(os.path.join(folder, name), encoding="utf-8", errors="replace") as file:
             for text in file:
                 try:
                     line = json.loads(text)
@@ -184,11 +185,17 @@ def append_metrics(run, step: int) -> OSError | None:
         run.accelerator.log(metrics, step)
     if metrics and run.accelerator.is_main_process:
         try:
-            with open(os.path.join(run.config.output, "metrics.jsonl"), "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **metrics}) + "\n")
+            append_rows(run, "metrics.jsonl", [{"step": step, **metrics}])
         except OSError as error:
             return error
     return None
+
+
+def append_rows(run, name: str, rows: list[dict]) -> None:
+    """Append rows to a JSON Lines file of a run, written as write_rows does."""
+    path = os.path.join(run.config.output, name)
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def is_saved(run, step: int) -> bool:
@@ -225,11 +232,14 @@ def resume(run) -> int:
     if accelerator.is_main_process:
         for partial in glob.glob(os.path.join(glob.escape(output), "*.partial")):
             shutil.rmtree(partial, ignore_errors=True)
-        lines, damaged = read_metrics(output)
-        if damaged:
-            accelerator.print(f"--resume: {damaged} lines of metrics.jsonl cannot be read and are dropped")
-        # what came after the checkpoint comes again
-        write_rows(os.path.join(output, "metrics.jsonl"), [line for line in lines if line["step"] < step])
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            lines, damaged = read_metrics(output, name)
+            if damaged:
+                accelerator.print(f"--resume: {damaged} lines of {name} cannot be read and are dropped")
+            if os.path.exists(
+                path := os.path.join(output, name)
+            ):  # what came after the checkpoint comes again
+                write_rows(path, [line for line in lines if line["step"] < step])
     accelerator.wait_for_everyone()
     return step
 

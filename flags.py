@@ -118,7 +118,7 @@ class TrainConfig:
     lr: float = HfArg(default=1e-6, help="AdamW's learning rate at the start, decaying linearly to 0")
     max_steps: int = HfArg(default=1000, help="steps of prompts_per_step prompts")
     resume: bool = HfArg(default=False, help="go on from the newest checkpoint in --output")
-    save_every: int = HfArg(default=100, help="steps between checkpoints, and between printed groups")
+    save_every: int = HfArg(default=100, help="steps between checkpoints")
     keep_states: int = HfArg(default=1, help="newest checkpoints that stay resumable; others keep the model")
     skip_steps: list[int] = HfArg(default_factory=list, help="steps to leave out: one whose loss is nan")
     seed: int = HfArg(default=42, help="seeds data order, sampling, new adapters and their dropout")

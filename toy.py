@@ -2,7 +2,6 @@
 
     python toy.py make       # writes runs/toy: sounds, questions, and base, a model right half the time
     python toy.py compare    # the paper's comparison on it: SFT and GRPO, all weights and LoRA, with thoughts
-    python toy.py curves     # draws curves.svg: the last run of train_grpo.py on the toy
 
 The files are of the kinds that the real run reads, and the model is a real Qwen2-Audio of 1.0 M parameters
 with a window of 2 s, so all else is the real code. Questions are of MMAU's three tasks, two kinds each.
@@ -20,7 +19,6 @@ import soxr
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from matplotlib.figure import Figure
 from transformers import (
     GenerationConfig,
     Qwen2AudioConfig,
@@ -32,7 +30,6 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from checkpoints import read_metrics
 from data import PROMPTS, SAMPLE_RATE, BadInput, lock_folder
 from flags import TrainConfig, is_given, run_command
 
@@ -334,38 +331,5 @@ def compare() -> None:
     print("\n".join(table))
 
 
-# ---------------------------------------------------------------- the picture
-
-
-def draw_curves(folder: str, target: str) -> Figure:
-    """Draw a run of GRPO: accuracy on held-out questions and of its samples, KL to the reference."""
-    lines, _ = read_metrics(folder)
-    if not lines:
-        raise BadInput(f"{folder}: holds no run; accelerate launch train_grpo.py makes one")
-
-    def smooth(key):  # means of ten steps
-        parts = [[line for line in lines[i : i + 10] if key in line] for i in range(0, len(lines), 10)]
-        return [(part[-1]["step"], np.mean([line[key] for line in part])) for part in parts if part]
-
-    held_out = [(line["step"], line["eval_accuracy"]) for line in lines if "eval_accuracy" in line]
-    figure = Figure(figsize=(9, 3.2), layout="tight")
-    left, right = figure.subplots(1, 2)
-    left.plot(*zip(*held_out), label="held-out questions, greedy")
-    left.plot(*zip(*smooth("reward_accuracy")), label="samples, mean of 10 steps")
-    left.set(title="accuracy", xlabel="step", ylim=(0, 1))
-    right.plot(*zip(*smooth("kl")), label="mean of 10 steps")
-    right.set(title="KL to the reference", xlabel="step", ylim=(0, None))
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend(loc="lower right")
-    figure.savefig(target)
-    return figure
-
-
-def curves() -> None:
-    """Draw curves.svg: the last run of train_grpo.py on the toy."""
-    draw_curves(f"{FOLDER}/grpo", "curves.svg")
-
-
 if __name__ == "__main__":
-    run_command(__doc__, make, compare, curves)
+    run_command(__doc__, make, compare)

@@ -20,12 +20,12 @@ import torch
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
-from data import BadInput, Batch, decode, select_rows
+from data import BadInput, Example, decode, printable, select_rows
 from evaluate import held_out_accuracy
 from flags import TrainConfig, check_at_least, is_given, parse, run_main
 from rewards import accuracy_reward, format_reward
-from training import Run, accumulate, finish, generate, log, optimizer_step, policy_logps
-from training import reference_logps, setup, steps
+from training import Run, accumulate, draw_groups, finish, followed_batch, generate, log, optimizer_step
+from training import policy_logps, reference_logps, setup, steps
 
 
 @dataclass
@@ -36,6 +36,7 @@ class Config(TrainConfig):
     num_iterations: int = HfArg(default=1, help="updates per rollout; clipping has an effect only above 1")
     beta: float = HfArg(default=0.04, help="weight of the KL; 0 loads no reference, and kl is logged as 0")
     epsilon: float = HfArg(default=0.2, help="the ratio is clipped to 1 - epsilon .. 1 + epsilon")
+    samples_every: int = HfArg(default=50, help="steps between the groups in samples.jsonl; 0: none")
 
 
 def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
@@ -62,22 +63,17 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, mask, epsilon: float, bet
 
 
 def train(config: Config) -> None:
-    check_at_least(config, group_size=2, num_iterations=1, max_steps=1, beta=0, epsilon=0)
+    check_at_least(config, group_size=2, num_iterations=1, max_steps=1, beta=0, epsilon=0, samples_every=0)
     if config.temperature <= 0:
         raise BadInput(f"--temperature must be above 0, not {config.temperature}")
     run = setup(config, config.temperature, with_reference=config.beta > 0)
     # besides the batch, steps() sees to evaluation, learning rate, checkpoints and signals
-    for step, batch in steps(run, held_out_accuracy):
+    for step, batch in steps(run, held_out_accuracy, followed_groups):
         # 1. sample G completions for each of this process's B prompts; mask: True through the first EOS
         ids, mask = generate(run, batch, config.group_size, config.temperature)  # (B, G, T)
-        texts = decode(run.processor, run.eos_ids, ids, mask)  # [B][G]
 
         # 2. reward each completion and compare it with its group
-        accuracy, formats = torch.zeros(ids.shape[:2]), torch.zeros(ids.shape[:2])  # (B, G)
-        for b, example in enumerate(batch.examples):
-            accuracy[b] = torch.tensor([accuracy_reward(o, example.answer, config.prompt) for o in texts[b]])
-            formats[b] = torch.tensor([format_reward(o, config.prompt) for o in texts[b]])
-        rewards = accuracy + formats
+        texts, accuracy, formats, rewards = reward_groups(run, batch.examples, ids, mask)  # [B][G]; (B, G)
         advantages = group_advantages(rewards).to(ids.device)
 
         # 3. log-probs under the reference: a list of (micro_batch, G, T), or of None where beta is 0
@@ -105,9 +101,18 @@ def train(config: Config) -> None:
         metrics = group_metrics(run, texts, ids, mask, accuracy, formats, rewards) | {"grad_norm": grad_norm}
         metrics |= zip(("loss", "kl", "clip_fraction"), torch.stack(results).mean(0).tolist())
         log(run, metrics, shown=("reward", "reward_accuracy", "kl"))
-        if step % config.save_every == 0:  # also the interval of printing
-            show_group(run, step, batch, texts, rewards, advantages)
-    finish(run, held_out_accuracy)
+    finish(run, held_out_accuracy, followed_groups)
+
+
+def reward_groups(run: Run, examples: list[Example], ids, mask) -> tuple:
+    """Texts [B][G] of completions (B, G, T), and their accuracy, format and reward: (B, G) each."""
+    texts, prompt = decode(run.processor, run.eos_ids, ids, mask), run.config.prompt
+    accuracy, formats = torch.zeros(ids.shape[:2]), torch.zeros(ids.shape[:2])
+    for b, (example, group) in enumerate(zip(examples, texts)):
+        accuracy[b] = torch.tensor([accuracy_reward(o, example.answer, prompt) for o in group])
+        formats[b] = torch.tensor([format_reward(o, prompt) for o in group])
+    rewards = accuracy + formats
+    return texts, accuracy, formats, rewards
 
 
 def group_metrics(run: Run, texts: list[list[str]], ids, mask, accuracy, formats, rewards) -> dict:
@@ -131,14 +136,30 @@ def group_metrics(run: Run, texts: list[list[str]], ids, mask, accuracy, formats
     return metrics
 
 
-def show_group(run: Run, step: int, batch: Batch, texts: list[list[str]], rewards, advantages) -> None:
-    """Print the first prompt of a batch with its completions."""
-    example = batch.examples[0]
-    lines = [f"step {step}: {example.question} {example.choices} -> {example.answer}"]
-    for text, r, A in zip(texts[0], rewards[0], advantages[0]):
-        lines.append(f"  reward {r:.0f}  advantage {A:+.2f}  {text!r}")
+def followed_groups(run: Run, step: int) -> list[dict]:
+    """Rows of samples.jsonl: a few prompts with their groups before `step`; nothing is trained on them.
+
+    The random numbers are the same each time, so that what changes is the policy.
+    """
+    batch, config = followed_batch(run), run.config
+    ids, mask = draw_groups(run, batch, config.group_size, config.temperature)  # (B, G, T)
+    texts, _, _, rewards = reward_groups(run, batch.examples, ids, mask)
+    numbers, rows = (rewards.tolist(), group_advantages(rewards).tolist()), []
+    for example, group, r, A in zip(batch.examples, texts, *numbers):
+        row = {"step": step, "audio": example.audio, "question": example.question}
+        row |= {"choices": example.choices, "answer": example.answer, "completions": group}
+        rows.append(row | {"rewards": r, "advantages": [round(a, 4) for a in A]})
     if run.accelerator.is_main_process:
-        tqdm.write("\n".join(lines))
+        show_group(rows[0])
+    return rows
+
+
+def show_group(row: dict) -> None:
+    """Print a row of samples.jsonl."""
+    lines = [f"step {row['step']}: {row['question']} {row['choices']} -> {row['answer']}"]
+    for text, r, A in zip(row["completions"], row["rewards"], row["advantages"]):
+        lines.append(f"  reward {r:.0f}  advantage {A:+.2f}  {text!r}")
+    tqdm.write(printable("\n".join(lines)))
 
 
 def main() -> None:

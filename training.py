@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
 from tqdm import tqdm
 
-from checkpoints import append_metrics, is_saved, mean_over_processes, read_metrics, resume
+from checkpoints import append_metrics, append_rows, is_saved, mean_over_processes, read_metrics, resume
 from checkpoints import save_checkpoint, save_final
 from data import LOCK, BadInput, Batch, Example, check_audio, load_examples, lock_folder
 from data import made_ahead, read_batch, select_rows
@@ -54,6 +54,7 @@ class Run:
     data_hash: str = ""  # of the training questions as they were read
     base_hash: str = ""  # of the weights that training starts from
     lock: object = None  # on the output folder
+    followed: Batch = None  # prompts whose groups samples.jsonl shows again and again
     interrupted: "Interrupted" = None
     first_step: int = 0
     bar: tqdm = None
@@ -178,11 +179,12 @@ def batches(run: Run) -> Iterator[Batch]:
 # ---------------------------------------------------------------- what a step is made of
 
 
-def steps(run: Run, accuracy: Callable[[Run], float]) -> Iterator[tuple[int, Batch]]:
+def steps(run: Run, accuracy: Callable[[Run], float], groups=None) -> Iterator[tuple[int, Batch]]:
     """Each step with its batch.
 
-    Before each step it evaluates, if due, and sets the learning rate. After each step it writes the metrics
-    and, if due, a checkpoint. If a process has a problem or caught a signal, all of them save and stop.
+    Before each step it evaluates and writes samples.jsonl, if due (`groups` returns its rows), and sets the
+    learning rate. After each step it writes the metrics and, if due, a checkpoint. If a process has a problem
+    or caught a signal, all of them save and stop.
     """
     config, data, run.interrupted = run.config, batches(run), Interrupted()
     step_numbers, silent = range(run.first_step, run.max_steps), not run.accelerator.is_main_process
@@ -194,6 +196,8 @@ def steps(run: Run, accuracy: Callable[[Run], float]) -> Iterator[tuple[int, Bat
             if run.eval_examples and step % config.eval_every == 0:
                 run.metrics["eval_accuracy"] = accuracy(run)
                 lap(run, "eval")
+            if groups and config.samples_every and step % config.samples_every == 0:
+                write_samples(run, step, groups)
             batch = next(data)
         except (BadInput, OSError) as error:
             problem = error
@@ -236,14 +240,44 @@ def stop_together(run: Run, done: int, problem: Exception | None) -> None:
     end(run, 1 if any_problem else 128 + signal_number)
 
 
+def write_samples(run: Run, step: int, groups: Callable[[Run, int], list[dict]]) -> None:
+    """Append to samples.jsonl."""
+    rows = groups(run, step)  # on every process the same
+    if run.accelerator.is_main_process:
+        append_rows(run, "samples.jsonl", rows)
+    lap(run, "follow")
+
+
+def followed_batch(run: Run) -> Batch:
+    """The first prompts of the run, five at most."""
+    if run.followed is None:
+        n = min(5, run.config.prompts_per_step, len(run.examples))
+        run.followed = read_batch(run.processor, run.examples, run.config, 0, n)
+        inputs = run.followed.inputs.items()
+        run.followed.inputs = {name: value.to(run.accelerator.device) for name, value in inputs}
+    return run.followed
+
+
 def generate(run: Run, batch: Batch, group_size: int, temperature: float):
+    """draw_groups for a step: if a process has a problem, all of them stop."""
+    completions = problem = None
+    try:
+        completions = draw_groups(run, batch, group_size, temperature)
+    except BadInput as error:
+        problem = error
+    stop_together(run, batch.first // run.config.prompts_per_step, problem)
+    lap(run, "sample")
+    return completions
+
+
+def draw_groups(run: Run, batch: Batch, group_size: int, temperature: float):
     """A group of completions for each prompt of the batch: ids and mask (B, G, T).
 
     A frozen encoder runs here, once: its output joins batch.inputs, for scoring and update.
     """
     shape = group_size, run.config.max_new_tokens
     # random numbers are tied to the prompt: neither processes nor batches change a sample
-    noise = [sampling_noise(run.config.seed, batch.first + b, *shape) for b in range(run.prompts)]
+    noise = [sampling_noise(run.config.seed, batch.first + b, *shape) for b in range(len(batch.examples))]
     noise = torch.stack(noise).to(run.accelerator.device)  # (B, G, T)
 
     @torch.no_grad()
@@ -253,18 +287,12 @@ def generate(run: Run, batch: Batch, group_size: int, temperature: float):
         return sample(run.model, batch.inputs, run.eos_ids, shape[1], temperature, noise)
 
     run.policy.eval()
-    completions = problem = None
     try:
         with run.accelerator.autocast():
-            completions = with_whole_weights(run.policy, encode_and_sample)
+            return with_whole_weights(run.policy, encode_and_sample)
     except NotFinite as error:
         location = batch.examples[error.args[0]].location
-        problem = BadInput(f"{location}: the model's logits are not finite numbers")
-    except BadInput as error:
-        problem = error
-    stop_together(run, batch.first // run.config.prompts_per_step, problem)
-    lap(run, "sample")
-    return completions
+        raise BadInput(f"{location}: the model's logits are not finite numbers") from None
 
 
 def reference_logps(run: Run, batch: Batch, ids: torch.Tensor, mask: torch.Tensor) -> list:
@@ -346,22 +374,24 @@ def log(run: Run, metrics: dict, shown: tuple[str, ...]) -> None:
     run.seconds.clear()
 
 
-def finish(run: Run, accuracy: Callable[[Run], float]) -> None:
-    """Measure the final model, save it, end."""
+def finish(run: Run, accuracy: Callable[[Run], float], groups=None) -> None:
+    """Measure the final model, save it, end. accuracy, groups: as in `steps`."""
     output, problem = run.config.output, None
+    try:
+        if groups and run.config.samples_every:
+            write_samples(run, run.max_steps, groups)
+        after = accuracy(run) if run.eval_examples else None
+    except (BadInput, OSError) as error:
+        problem = error
+    stop_together(run, run.max_steps, problem)
     if run.eval_examples:
-        try:
-            after = accuracy(run)
-        except (BadInput, OSError) as error:
-            problem = error
-        stop_together(run, run.max_steps, problem)
         run.metrics = mean_over_processes(run, {"eval_accuracy": after})
         stop_together(run, run.max_steps, append_metrics(run, run.max_steps))
         measured = [line["eval_accuracy"] for line in read_metrics(output)[0] if "eval_accuracy" in line]
         before = f"{[*measured, after][0]:.1%} at first"
         run.accelerator.print(f"held-out accuracy: {before}, {after:.1%} after {run.max_steps} steps")
     save_final(run)
-    run.accelerator.print(f"the model is in {output}, its curves in {output}/metrics.jsonl")
+    run.accelerator.print(f"the model is in {output}; to see the run: python report.py {output}")
     end(run)
 
 

@@ -49,19 +49,20 @@ def undo(whole, output, step):
     """
     shutil.copytree(whole, output)
     for path in output.iterdir():
-        if path.is_file() and path.name != "metrics.jsonl":
+        if path.is_file() and path.name not in ("metrics.jsonl", "samples.jsonl"):
             path.unlink()
         elif path.name.startswith("checkpoint-") and int(path.name.split("-")[1]) > step:
             shutil.rmtree(path)
-    with open(output / "metrics.jsonl", "a") as file:
-        file.write('{"step": 5, "rew')  # half a line
+    for path in output.glob("*.jsonl"):
+        with open(path, "a") as file:
+            file.write('{"step": 5, "rew')  # half a line
 
 
 @pytest.mark.parametrize(
     "script, flags",
     [
-        ("train_grpo", dict(num_iterations=2)),
-        ("train_grpo", dict(lora_rank=2, lora_dropout=0.5)),
+        ("train_grpo", dict(num_iterations=2, samples_every=1)),
+        ("train_grpo", dict(lora_rank=2, lora_dropout=0.5, samples_every=2)),
         ("train_sft", {}),
         ("train_sft", dict(freeze_audio_encoder=True, gradient_checkpointing=True)),
     ],
@@ -74,6 +75,9 @@ def test_a_resumed_run_is_the_run_that_never_stopped(folder, tmp_path, capsys, s
         undo(tmp_path / "whole", tmp_path / f"from {step}", step)
         train(script, folder, tmp_path / f"from {step}", resume=True, **flags)
         assert_same_to_the_bit(tmp_path / "whole", tmp_path / f"from {step}")
+        samples, again = (tmp_path / name / "samples.jsonl" for name in ("whole", f"from {step}"))
+        assert samples.exists() == again.exists() == (script == "train_grpo")
+        assert not samples.exists() or samples.read_bytes() == again.read_bytes()
     with pytest.raises(SystemExit) as status:  # a run that has finished stays as it is
         train(script, folder, tmp_path / "whole", resume=True, **flags)
     assert not status.value.code and "is finished" in capsys.readouterr().out

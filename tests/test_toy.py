@@ -6,7 +6,6 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ import evaluate
 import toy
 import train_grpo
 import train_sft
-from data import BadInput, load_audio
+from data import load_audio
 from flags import parse
 
 
@@ -236,26 +235,6 @@ def test_the_comparison_runs_each_method_with_each_seed_and_reuses_what_is_there
     before = len(ran)
     toy.compare()
     assert len(ran) == before
-
-
-def test_the_picture_draws_what_the_run_wrote(tmp_path):
-    lines = [{"step": step, "reward_accuracy": 0.5, "kl": 0.12 * step / 19} for step in range(20)]
-    lines[0]["eval_accuracy"], lines[19]["eval_accuracy"] = 0.25, 1.0
-    lines.append({"step": 20, "eval_accuracy": 0.9})
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    figure = toy.draw_curves(str(tmp_path), str(tmp_path / "curves.svg"))
-    left, right = figure.axes
-    (held_out, sampled), (kl,) = left.lines, right.lines
-    assert held_out.get_xydata().tolist() == [[0, 0.25], [19, 1.0], [20, 0.9]]
-    assert sampled.get_xydata().tolist() == [[9, 0.5], [19, 0.5]]
-    assert kl.get_ydata() == pytest.approx([0.12 * 4.5 / 19, 0.12 * 14.5 / 19])
-    assert ElementTree.parse(tmp_path / "curves.svg").getroot().tag.endswith("svg")
-
-
-def test_no_run_makes_no_picture(tmp_path):
-    with pytest.raises(BadInput, match="holds no run"):
-        toy.draw_curves(str(tmp_path), str(tmp_path / "curves.svg"))
-    assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_command_is_refused():

@@ -5,14 +5,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import as_flags, assert_same_run, config, launch, metrics, run_script, training_code, weights
+from conftest import as_flags, assert_same_run, config, launch, load_examples, metrics, odd_length, run_script
+from conftest import training_code, weights
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
 import training
-from data import BadInput
+from data import BadInput, stream_indices
 from flags import parse
 from model import encode_audio, load_model, shared_prompt_logps
-from train_grpo import Config, completion_mean, group_advantages, grpo_loss
+from train_grpo import Config, completion_mean, group_advantages, grpo_loss, reward_groups
 
 
 def train(folder, output, **flags):
@@ -176,7 +177,7 @@ def test_a_frozen_encoder_runs_once_a_step(folder, tmp_path, monkeypatch, reward
     calls = []
     for module in ("training", "model"):
         monkeypatch.setattr(f"{module}.encode_audio", lambda *args: calls.append(1) or encode_audio(*args))
-    train(folder, tmp_path / "run", max_steps=1, **flags)
+    train(folder, tmp_path / "run", max_steps=1, samples_every=0, **flags)
     assert len(calls) == times
 
 
@@ -219,17 +220,52 @@ def test_every_second_of_a_step_belongs_to_a_phase(folder, tmp_path, monkeypatch
     monkeypatch.setattr(training, "sample", slow(training.sample, 1))
     monkeypatch.setattr("train_grpo.format_reward", slow(lambda *_: 0.0, 10 / 16))  # 16 completions
     monkeypatch.setattr("train_grpo.grpo_loss", slow(grpo_loss, 100 / 4))  # 4 micro-batches
-    train(folder, tmp_path / "run", max_steps=1, beta=0.0)
+    train(folder, tmp_path / "run", max_steps=1, beta=0.0, samples_every=0)
     (line,) = metrics(tmp_path / "run")
     seconds = {name: value for name, value in line.items() if "seconds" in name}
     assert seconds == {"seconds_sample": 1, "seconds_score": 0, "seconds_update": 100, "seconds_other": 10}
 
 
-def test_a_group_is_shown_now_and_then(folder, tmp_path, capsys):
-    train(folder, tmp_path / "run", max_steps=3, save_every=2)
+def samples(output):
+    return [json.loads(line) for line in open(output / "samples.jsonl", encoding="utf-8")]
+
+
+def test_the_first_prompts_come_back_with_their_random_numbers(folder, tmp_path, capsys, monkeypatch):
+    """At step 0 they are the groups that the step trains on; with lr 0 they stay the same."""
+    trained = []
+
+    def spy(run, examples, ids, mask):
+        trained.append(reward_groups(run, examples, ids, mask))
+        return trained[-1]
+
+    monkeypatch.setattr("train_grpo.reward_groups", spy)
+    monkeypatch.setattr("train_grpo.accuracy_reward", odd_length)
+    train(folder, tmp_path / "run", prompts_per_step=6, max_steps=3, samples_every=2, lr=0.0)
+    rows, rest = samples(tmp_path / "run")[:5], samples(tmp_path / "run")[5:]
+    texts, accuracy, _, rewards = trained[1]  # after those of samples.jsonl
+    asked = load_examples(str(folder / "train.jsonl"))
+    for b, (row, k) in enumerate(zip(rows, stream_indices(24, 42, 0, 5), strict=True)):
+        assert list(row) == "step audio question choices answer completions rewards advantages".split()
+        assert (row["audio"], row["question"]) == (asked[k].audio, asked[k].question)
+        assert (row["choices"], row["answer"]) == (asked[k].choices, asked[k].answer)
+        assert row["completions"] == texts[b] and row["rewards"] == rewards[b].tolist()
+        mean, std = np.mean(row["rewards"]), np.std(row["rewards"], ddof=1)
+        assert row["advantages"] == pytest.approx((row["rewards"] - mean) / (std + 1e-4), abs=1e-4)
+    assert 0 < accuracy.mean() < 1 and len({row["step"] for row in rows}) == 1
+    assert [row["step"] for row in rest] == [2] * 5 + [3] * 5  # the last are the final model's
+    assert [row | {"step": 0} for row in rest] == rows * 2
     out = capsys.readouterr().out
     assert "step 0: " in out and "step 1: " not in out and "step 2: " in out
-    assert out.count("advantage") == 2 * 4
+    assert out.count("advantage") == 3 * 4
+
+
+def test_samples_leave_training_as_it_is(folder, tmp_path, reward_odd_lengths):
+    train(folder, tmp_path / "none", samples_every=0, lora_rank=2, lora_dropout=0.5)
+    train(folder, tmp_path / "all", samples_every=1, lora_rank=2, lora_dropout=0.5)
+    assert_same_run(tmp_path / "none", tmp_path / "all", exact=True)
+    assert not (tmp_path / "none" / "samples.jsonl").exists()
+    first, *_, last = samples(tmp_path / "all")
+    assert (first["step"], last["step"]) == (0, 2) and first["completions"] != last["completions"]
 
 
 def test_a_clip_that_cannot_be_read_stops_the_run_or_is_skipped_and_counted(

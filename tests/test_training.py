@@ -89,6 +89,9 @@ def test_the_same_run_in_two_processes(folder, tmp_path, reward_odd_lengths, pla
     two = config(script, folder, tmp_path / "two", **flags)
     launch(training_code(script, SGD), *as_flags(two), fsdp=fsdp)
     assert_same_run(tmp_path / "one", tmp_path / "two")
+    if script == "train_grpo":
+        rows, rows_of_two = (open(tmp_path / name / "samples.jsonl").readlines() for name in ("one", "two"))
+        assert len(rows) == 8 and rows == rows_of_two
     assert_same_weights = (
         weights(tmp_path / "one" / "checkpoint-2"),
         weights(tmp_path / "two" / "checkpoint-2"),
