@@ -1,7 +1,7 @@
 """The offline stand-in: synthetic questions about synthetic sounds, and a tiny Qwen2-Audio to answer them.
 
     python toy.py make       # writes runs/toy: sounds, questions, and base, a model right half the time
-    python toy.py compare    # the paper's comparison on it: SFT and GRPO, all weights and LoRA, with thoughts
+    python toy.py compare    # the paper's question on it: train on one task, measure on all (--quick, --task)
     python toy.py curves     # draws curves.svg: the last run of train_grpo.py on the toy
 
 The files are of the kinds that the real run reads, and the model is a real Qwen2-Audio of 1.0 M parameters
@@ -13,14 +13,16 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
 
 import numpy as np
 import soundfile
-import soxr
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from matplotlib.figure import Figure
+from tqdm import tqdm
 from transformers import (
     GenerationConfig,
     Qwen2AudioConfig,
@@ -33,7 +35,7 @@ from transformers import (
 )
 
 from checkpoints import read_metrics
-from data import PROMPTS, SAMPLE_RATE, BadInput, lock_folder
+from data import PROMPTS, SAMPLE_RATE, BadInput, lock_folder, read_rows, write_rows
 from flags import TrainConfig, is_given, run_command
 
 FOLDER = "runs/toy"
@@ -127,20 +129,24 @@ KINDS = {  # kind: task, ways to ask, answers
     "vowel": ("speech", ["Which vowel is spoken?", "Which vowel does the voice say?"], list(VOWELS)),
     "intonation": ("speech", ["How does the voice move?", "What is the intonation of the voice?"], CONTOURS),
 }
-REPHRASED = {  # in words that training does not use
-    "source": ["Can you tell where this noise comes from?"],
-    "count": ["What is the number of short signals?"],
-    "melody": ["In which direction does the tune go?"],
-    "instrument": ["Name the thing these tones are made with."],
-    "vowel": ["Tell me the letter that the person says."],
-    "intonation": ["Describe how the speaker's pitch goes."],
-}
-# longer and lower, shorter and higher, 12 dB more noise, other words
-SHIFTS = ("slow", "fast", "noisy", "rephrased")
+# what one hears in the answer, as its short reason; in words that the base can spell
+THOUGHTS = {
+    "siren": "a tone that moves slowly", "engine": "a low hum", "rain": "noise all the time",
+    "bell": "a tone that fades", "bird": "a tone that moves fast", "knocking": "noise again and again",
+    "once": "beep", "twice": "beep, beep", "three times": "beep, beep, beep",
+    "four times": "beep, beep, beep, beep",
+    "up": "low, then high", "down": "high, then low", "up then down": "low, then high, then low",
+    "nowhere": "the same note again", "flute": "one tone", "organ": "some tones, not all",
+    "trumpet": "many tones", "harp": "notes that fade",
+    "a": "open", "e": "half open, in front", "i": "closed, in front", "o": "half open, at the back",
+    "u": "closed, at the back",
+    "rising": "low, then high", "falling": "high, then low",
+    "rising then falling": "low, then high, then low", "flat": "the same pitch all the time",
+}  # fmt: skip
 
 
-def make_question(kind: str, rng, shift: str = "") -> tuple[dict, np.ndarray]:
-    """A row in the project's own format, without its audio, and its clip; a shift: unlike training."""
+def make_question(kind: str, rng) -> tuple[dict, np.ndarray]:
+    """A row in the project's own format, without its audio, and its clip."""
     task, ways, answers = KINDS[kind]
     choices = [str(c) for c in rng.permutation(answers)[:4]]
     answer = choices[rng.integers(4)]
@@ -156,21 +162,23 @@ def make_question(kind: str, rng, shift: str = "") -> tuple[dict, np.ndarray]:
         clip = melody(*(answer, other("instrument")) if kind == "melody" else (other("melody"), answer), rng)
     else:
         clip = voice(*(answer, other("intonation")) if kind == "vowel" else (other("vowel"), answer), rng)
-    if shift in ("slow", "fast"):  # a fifth
-        clip = soxr.resample(clip, SAMPLE_RATE, SAMPLE_RATE * (1.2 if shift == "slow" else 1 / 1.2))
-    clip = clip / np.abs(clip).max() + (0.08 if shift == "noisy" else 0.02) * rng.standard_normal(len(clip))
-    question = str(rng.choice(REPHRASED[kind] if shift == "rephrased" else ways))
-    row = {"question": question, "choices": choices, "answer": answer, "task": task, "kind": kind}
-    return row | ({"shift": shift} if shift else {}), clip * rng.uniform(0.2, 0.8)
+    clip = clip / np.abs(clip).max() + 0.02 * rng.standard_normal(len(clip))
+    row = {
+        "question": str(rng.choice(ways)),
+        "choices": choices,
+        "answer": answer,
+        "thought": THOUGHTS[answer],
+    }
+    return row | {"task": task, "kind": kind}, clip * rng.uniform(0.2, 0.8)
 
 
-def make_data(folder: str, split: str, n: int, seed: int, shifts: tuple[str, ...] = ("",)) -> None:
+def make_data(folder: str, split: str, n: int, seed: int) -> None:
     """n questions as folder/split.jsonl and folder/split/*.wav, the same on every call."""
     os.makedirs(os.path.join(folder, split), exist_ok=True)
     rng = np.random.default_rng(seed)
     with open(os.path.join(folder, f"{split}.jsonl"), "w") as file:
         for i in range(n):
-            row, clip = make_question(list(KINDS)[i % len(KINDS)], rng, shifts[i // len(KINDS) % len(shifts)])
+            row, clip = make_question(list(KINDS)[i % len(KINDS)], rng)
             row = {"id": f"{split}-{i}", "audio": f"{split}/{i:04d}.wav", **row}
             soundfile.write(os.path.join(folder, row["audio"]), clip.astype(np.float32), SAMPLE_RATE)
             file.write(json.dumps(row) + "\n")
@@ -228,29 +236,27 @@ WARMUP = "--lr 7e-4 --max_steps 260 --prompts_per_step 4 --micro_batch 4 --seed 
 TRAINING = "--lr 4e-4 --max_steps 400 --max_new_tokens 16 --eval_every 50 --save_every 200"
 
 
-def run_script(name: str, flags: str) -> None:
-    """Run a script in one process of its own, even where a launcher started several of this one."""
-    launcher = (
-        "ACCELERATE_",
-        "TORCHELASTIC_",
-        "MASTER_",
-        "LOCAL_",
-        "GROUP_",
-        "ROLE_",
-        "RANK",
-        "WORLD_SIZE",
-        "OMP_",
-    )
+def run_script(name: str, flags: str, log: str = "", share: int = 1) -> None:
+    """Run a script in one process of its own, even where a launcher started several of this one.
+
+    With a share of n it takes an n-th of the cores; its output goes to `log`, if that is given.
+    """
+    launcher = tuple("ACCELERATE_ TORCHELASTIC_ MASTER_ LOCAL_ GROUP_ ROLE_ RANK WORLD_SIZE OMP_".split())
     environment = {key: value for key, value in os.environ.items() if not key.startswith(launcher)}
+    if share > 1:
+        environment |= {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(share)}  # run_main reads them
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
-    if subprocess.run([sys.executable, script, *flags.split()], env=environment).returncode:
-        raise BadInput(f"{FOLDER}: {name} failed, as it says above")
+    with open(log, "a") if log else nullcontext() as file:
+        command = [sys.executable, script, *flags.split()]
+        done = subprocess.run(command, env=environment, stdout=file, stderr=file)
+    if done.returncode:
+        raise BadInput(f"{FOLDER}: {name} failed, as {log or 'it'} says{'' if log else ' above'}")
 
 
 def make() -> None:
     """Make the toy anew: data, a random model, and its warm-up by train_sft.py."""
     lock = lock_folder(FOLDER)
-    for name in ("base", "init", "warmup", "train", "test", "grpo", "sft", "shifted", "compare"):
+    for name in ("base", "init", "warmup", "train", "test", "grpo", "sft", "compare"):
         shutil.rmtree(f"{FOLDER}/{name}", ignore_errors=True)
     make_data(FOLDER, "train", N_TRAIN, seed=1)
     make_data(FOLDER, "test", N_TEST, seed=2)
@@ -289,49 +295,131 @@ def toy_flags(method: str, config: TrainConfig) -> list[str]:
 
 # ---------------------------------------------------------------- the comparison
 
-COMPARED = {  # the paper's rows; every run sees 400 x 16 samples
-    "full SFT": ("train_sft.py", "--lr 4e-4", 16),
-    "LoRA SFT": ("train_sft.py", "--lr 3e-3 --lora_rank 16 --lora_target all", 16),
-    "GRPO, answer": ("train_grpo.py", "--lr 4e-4", 16),
-    "GRPO, think": ("train_grpo.py", "--lr 4e-4 --prompt think", 48),
-    "GRPO, answer, LoRA": ("train_grpo.py", "--lr 3e-3 --lora_rank 16 --lora_target all", 16),
+WEIGHTS, ADAPTERS = ("5e-5", "1e-4", "2e-4"), ("3e-4", "1e-3", "3e-3")  # learning rates
+LORA = "--lora_rank 16 --lora_target all"
+COMPARED = {  # method: script, flags, learning rates
+    "full SFT": ("train_sft.py", "", WEIGHTS),
+    "LoRA SFT": ("train_sft.py", LORA, ADAPTERS),
+    "GRPO": ("train_grpo.py", "--beta 0.04", WEIGHTS),
+    "GRPO, beta 0.2": ("train_grpo.py", "--beta 0.2", WEIGHTS),
+    "GRPO, LoRA": ("train_grpo.py", f"--beta 0.04 {LORA}", ADAPTERS),
 }
+PAIRS = {"GRPO": "full SFT", "GRPO, beta 0.2": "full SFT", "GRPO, LoRA": "LoRA SFT"}
 SEEDS = [1, 2, 3]
+STUDENT_T = 4.303  # 97.5 % quantile for three seeds: two degrees of freedom
+SKILLED = 95  # % on the trained task
+TASKS = ["sound", "music", "speech"]
 
 
-def accuracy(model: str, split: str, output: str, max_new_tokens: int) -> float:
-    """Per cent right by evaluate.py, which is not run again where it has been."""
-    results = f"{output}/{split}/results.json"
-    if not os.path.exists(results):
-        questions = f"--data {FOLDER}/{split}.jsonl --output {output}/{split}"
-        run_script("evaluate.py", f"--model {model} {questions} --max_new_tokens {max_new_tokens}")
-    with open(results) as file:
-        return 100 * json.load(file)["accuracy"]
+def measure(model: str, output: str, log: str, share: int = 1) -> dict[str, float]:
+    """Per cent right in each task by evaluate.py, which is not run again where it has been."""
+    if not os.path.exists(f"{output}/results.json"):
+        flags = f"--model {model} --data {FOLDER}/compare/test.jsonl --output {output} --max_new_tokens 16"
+        run_script("evaluate.py", flags, log, share)
+    with open(f"{output}/results.json") as file:
+        return {task: 100 * found["accuracy"] for task, found in json.load(file)["by"]["task"].items()}
 
 
-def compare() -> None:
-    """Train each method with each seed; print accuracy on held-out questions and on shifted ones."""
+def side_by_side(function, jobs: list) -> dict:
+    """{job: function(job, share)}, as many at a time as cores, at most eight; a bar shows how far."""
+    share, results = min(8, os.cpu_count()), {}
+    with ThreadPoolExecutor(share) as pool:
+        futures = {pool.submit(function, job, share): job for job in jobs}
+        try:
+            for future in tqdm(as_completed(futures), total=len(jobs), unit="run"):
+                results[futures[future]] = future.result()
+        except KeyboardInterrupt:  # the scripts have caught it too, and save
+            raise BadInput("interrupted; the same command goes on") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return {job: results[job] for job in jobs}
+
+
+def compare(*, task: str = "sound", quick: bool = False) -> None:
+    """Train each method on one task, at three learning rates with three seeds; measure on all three tasks."""
+    if task not in TASKS:
+        raise BadInput(f"--task {task}: unknown, choose one of {', '.join(TASKS)}")
     if not os.path.isdir(f"{FOLDER}/base"):
         make()
-    make_data(FOLDER, "shifted", N_TEST, seed=3, shifts=SHIFTS)
-    base = [accuracy(f"{FOLDER}/base", split, f"{FOLDER}/compare/base", 16) for split in ("test", "shifted")]
-    table = [f"| base | {base[0]:.1f} | {base[1]:.1f} |"]
-    for method, (script, flags, max_new_tokens) in COMPARED.items():
-        scores = {"test": [], "shifted": []}
-        for seed in SEEDS:
-            output = f"{FOLDER}/compare/{method.replace(', ', '-').replace(' ', '-')}-{seed}"
-            if not os.path.exists(f"{output}/run.json"):  # else it was trained before
-                shutil.rmtree(output, ignore_errors=True)
-                data = f"--model {FOLDER}/base --data {FOLDER}/train.jsonl --output {output} --seed {seed}"
-                steps = f"--max_steps 400 --save_every 400 --micro_batch 16 --max_new_tokens {max_new_tokens}"
-                run_script(script, f"{data} {steps} {flags}")
-            for split in scores:
-                scores[split].append(accuracy(output, split, output, max_new_tokens))
-        cells = [f"{np.mean(found):.1f} ({min(found):.1f} to {max(found):.1f})" for found in scores.values()]
-        table.append(f"| {method} | {' | '.join(cells)} |")
-    print(f"\naccuracy in %, mean (range) over seeds {SEEDS}\n\n| | held out | shifted |")
-    print("| --- | --- | --- |")
-    print("\n".join(table))
+    folder, steps = (f"{FOLDER}/compare/{task}-quick", 150) if quick else (f"{FOLDER}/compare/{task}", 300)
+    os.makedirs(folder, exist_ok=True)
+    make_data(f"{FOLDER}/compare", "test", 3 * N_TEST, seed=3)
+    rows = [row for row, _ in read_rows(f"{FOLDER}/train.jsonl")[0]]
+    write_rows(f"{FOLDER}/train-{task}.jsonl", [row for row in rows if row["task"] == task])
+
+    def run(job, share):
+        method, lr, seed = job
+        script, flags, _ = COMPARED[method]
+        output = f"{folder}/{method.replace(',', '').replace(' ', '-')}-{lr}-{seed}"
+        if not os.path.exists(f"{output}/run.json"):  # else it was trained before
+            flags += f" --model {FOLDER}/base --data {FOLDER}/train-{task}.jsonl --output {output} --resume"
+            flags += f" --lr {lr} --seed {seed} --max_steps {steps} --save_every {steps} --micro_batch 16"
+            run_script(script, f"{flags} --max_new_tokens 16", f"{output}.log", share)
+        return measure(output, f"{output}/eval", f"{output}.log", share)
+
+    seeds = SEEDS[:1] if quick else SEEDS
+    jobs = [(m, lr, seed) for seed in seeds for m, (_, _, rates) in COMPARED.items() for lr in rates]
+    found = side_by_side(run, jobs)
+    base = measure(f"{FOLDER}/base", f"{FOLDER}/compare/base", f"{FOLDER}/compare/base.log")
+    for line in table(task, seeds, base, found) + differences(task, seeds, found):
+        print(line)
+    draw_comparison(task, seeds, base, found, f"{folder}/compare.svg")
+    print(f"\nthe picture is {folder}/compare.svg")
+
+
+def both(task: str, run: dict[str, float]) -> tuple[float, float]:
+    """Accuracy on the trained task, and the mean of the two others."""
+    return run[task], np.mean([run[other] for other in TASKS if other != task])
+
+
+def table(task: str, seeds: list[int], base: dict, found: dict) -> list[str]:
+    """Lines of a table: accuracy by method and learning rate, mean and range over seeds."""
+    first, second = (other for other in TASKS if other != task)
+    lines = [f"| accuracy in % | lr | {task} (trained) | {first} | {second} | both others |"]
+    lines.append("| --- " * 6 + "|")
+    rows = {("base", ""): [base]}
+    for method, (_, _, rates) in COMPARED.items():
+        rows |= {(method, lr): [found[method, lr, seed] for seed in seeds] for lr in rates}
+    for (method, lr), runs in rows.items():
+        columns = zip(*((run[task], run[first], run[second], both(task, run)[1]) for run in runs))
+        cells = [f"{np.mean(c):.1f} ({min(c):.1f} to {max(c):.1f})" for c in columns]
+        lines.append(f"| {method} | {lr} | {' | '.join(cells)} |")
+    return lines
+
+
+def skilled(task: str, found: dict, method: str, seed: int) -> tuple[float, float]:
+    """The run that speaks for a method: of the lowest learning rate that reaches SKILLED % on the trained
+    task, else the best on it. The other tasks have no say."""
+    runs = [both(task, found[method, lr, seed]) for lr in COMPARED[method][2]]
+    return next((run for run in runs if run[0] >= SKILLED), max(runs, key=lambda run: run[0]))
+
+
+def differences(task: str, seeds: list[int], found: dict) -> list[str]:
+    """Lines of a table: what GRPO has more than SFT at equal skill, in pairs of one seed."""
+    lines = [f"| runs that reach {SKILLED} % | {task} (trained) | both others |", "| --- | --- | --- |"]
+    for method, baseline in PAIRS.items():
+        runs = [[skilled(task, found, name, seed) for name in (method, baseline)] for seed in seeds]
+        more = np.subtract(*np.swapaxes(runs, 0, 1))  # (seeds, 2)
+        half = STUDENT_T * more.std(0, ddof=1) / len(seeds) ** 0.5 if len(seeds) == 3 else [np.inf] * 2
+        cells = [f"{m:+.1f} ({m - h:+.1f} to {m + h:+.1f})" for m, h in zip(more.mean(0), half)]
+        lines.append(f"| {method} minus {baseline} | {' | '.join(cells)} |")
+    return ["", *lines]
+
+
+def draw_comparison(task: str, seeds: list[int], base: dict, found: dict, target: str) -> Figure:
+    """A point a run, a line a method through its means: accuracy on the trained task and on the others."""
+    figure = Figure(figsize=(7, 4.5), layout="tight")
+    axes = figure.subplots()
+    axes.plot(*both(task, base), "k*", markersize=12, label="base")
+    for n, (method, (_, _, rates)) in enumerate(COMPARED.items()):
+        points = np.array([[both(task, found[method, lr, seed]) for seed in seeds] for lr in rates])
+        axes.plot(*points.reshape(-1, 2).T, "o", color=f"C{n}", alpha=0.5)
+        axes.plot(*points.mean(1).T, color=f"C{n}", label=method)
+    axes.set(xlabel=f"accuracy on {task}, which was trained, %", ylabel="accuracy on the two others, %")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(target)
+    return figure
 
 
 # ---------------------------------------------------------------- the picture
