@@ -23,16 +23,9 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from matplotlib.figure import Figure
 from tqdm import tqdm
-from transformers import (
-    GenerationConfig,
-    Qwen2AudioConfig,
-    Qwen2AudioEncoderConfig,
-    Qwen2AudioForConditionalGeneration,
-    Qwen2AudioProcessor,
-    Qwen2Config,
-    Qwen2Tokenizer,
-    WhisperFeatureExtractor,
-)
+from transformers import GenerationConfig, Qwen2AudioConfig, Qwen2AudioEncoderConfig
+from transformers import Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor, Qwen2Config, Qwen2Tokenizer
+from transformers import WhisperFeatureExtractor
 
 from checkpoints import read_metrics
 from data import PROMPTS, SAMPLE_RATE, BadInput, lock_folder, read_rows, write_rows
@@ -234,6 +227,7 @@ def make_model(folder: str, seed: int) -> None:
 
 WARMUP = "--lr 7e-4 --max_steps 260 --prompts_per_step 4 --micro_batch 4 --seed 0 --save_every 300"
 TRAINING = "--lr 4e-4 --max_steps 400 --max_new_tokens 16 --eval_every 50 --save_every 200"
+COLD_START = "--lr 1e-3 --max_steps 300 --prompts_per_step 4 --micro_batch 4 --seed 0 --save_every 300"
 
 
 def run_script(name: str, flags: str, log: str = "", share: int = 1) -> None:
@@ -253,17 +247,23 @@ def run_script(name: str, flags: str, log: str = "", share: int = 1) -> None:
         raise BadInput(f"{FOLDER}: {name} failed, as {log or 'it'} says{'' if log else ' above'}")
 
 
+def warm_up(start: str, flags: str, name: str) -> None:
+    """Train a model by train_sft.py; it appears under its name last, and only when it is whole."""
+    shutil.rmtree(f"{FOLDER}/warmup", ignore_errors=True)
+    files = f"--model {FOLDER}/{start} --data {FOLDER}/train.jsonl --output {FOLDER}/warmup"
+    run_script("train_sft.py", f"{files} {flags}")
+    os.rename(f"{FOLDER}/warmup", f"{FOLDER}/{name}")
+
+
 def make() -> None:
     """Make the toy anew: data, a random model, and its warm-up by train_sft.py."""
     lock = lock_folder(FOLDER)
-    for name in ("base", "init", "warmup", "train", "test", "grpo", "sft", "compare"):
+    for name in ("base", "thinker", "init", "train", "test", "grpo", "sft", "compare"):
         shutil.rmtree(f"{FOLDER}/{name}", ignore_errors=True)
     make_data(FOLDER, "train", N_TRAIN, seed=1)
     make_data(FOLDER, "test", N_TEST, seed=2)
     make_model(f"{FOLDER}/init", seed=0)
-    files = f"--model {FOLDER}/init --data {FOLDER}/train.jsonl --output {FOLDER}/warmup"
-    run_script("train_sft.py", f"{files} {WARMUP}")
-    os.rename(f"{FOLDER}/warmup", f"{FOLDER}/base")  # appears last, and only when it is whole
+    warm_up("init", WARMUP, "base")
     shutil.rmtree(f"{FOLDER}/init")
     del lock
 
@@ -275,15 +275,20 @@ def toy_flags(method: str, config: TrainConfig) -> list[str]:
     """
     accelerator, output = Accelerator(), f"{FOLDER}/{method}"
     share = max(1, config.prompts_per_step // accelerator.num_processes)  # prompts of each process
-    flags = f"--model {FOLDER}/base --data {FOLDER}/train.jsonl --eval_data {FOLDER}/test.jsonl"
+    thinks = method == "grpo" and config.prompt == "think"  # from a base that has seen thoughts
+    base = "thinker" if thinks else "base"
+    flags = f"--model {FOLDER}/{base} --data {FOLDER}/train.jsonl --eval_data {FOLDER}/test.jsonl"
     flags += f" --output {output} --prompts_per_step {share * accelerator.num_processes}"
-    flags += f" --micro_batch {share} {TRAINING}"
+    flags += f" --micro_batch {share} {TRAINING}" + " --max_new_tokens 48" * (config.prompt == "think")
     if accelerator.is_main_process:
         print("No --model and no --data: this is the offline toy. The README has the paper's recipe.")
         if not os.path.isdir(f"{FOLDER}/base"):
             size = f"{N_TRAIN + N_TEST} sounds and a tiny model"
             print(f"making it in {FOLDER}: {size}, about a minute", flush=True)
             make()
+        if thinks and not os.path.isdir(f"{FOLDER}/thinker"):
+            print("warming it up with thoughts", flush=True)
+            warm_up("base", f"--prompt think {COLD_START}", "thinker")
         if os.path.isdir(output) and not config.resume and not is_given("--output"):
             lock = lock_folder(output)
             shutil.rmtree(output, ignore_errors=True)
@@ -295,127 +300,109 @@ def toy_flags(method: str, config: TrainConfig) -> list[str]:
 
 # ---------------------------------------------------------------- the comparison
 
-WEIGHTS, ADAPTERS = ("5e-5", "1e-4", "2e-4"), ("3e-4", "1e-3", "3e-3")  # learning rates
+TASKS, SEEDS = ["sound", "music", "speech"], [1, 2, 3]
 LORA = "--lora_rank 16 --lora_target all"
+RATES, LORA_RATES = ("5e-5", "1e-4", "2e-4"), ("3e-4", "1e-3", "3e-3")
 COMPARED = {  # method: script, flags, learning rates
-    "full SFT": ("train_sft.py", "", WEIGHTS),
-    "LoRA SFT": ("train_sft.py", LORA, ADAPTERS),
-    "GRPO": ("train_grpo.py", "--beta 0.04", WEIGHTS),
-    "GRPO, beta 0.2": ("train_grpo.py", "--beta 0.2", WEIGHTS),
-    "GRPO, LoRA": ("train_grpo.py", f"--beta 0.04 {LORA}", ADAPTERS),
+    "full SFT": ("train_sft.py", "", RATES),
+    "LoRA SFT": ("train_sft.py", LORA, LORA_RATES),
+    "GRPO": ("train_grpo.py", "--beta 0.04", RATES),
+    "GRPO, beta 0.2": ("train_grpo.py", "--beta 0.2", RATES),
+    "GRPO, LoRA": ("train_grpo.py", f"--beta 0.04 {LORA}", LORA_RATES),
 }
-PAIRS = {"GRPO": "full SFT", "GRPO, beta 0.2": "full SFT", "GRPO, LoRA": "LoRA SFT"}
-SEEDS = [1, 2, 3]
-STUDENT_T = 4.303  # 97.5 % quantile for three seeds: two degrees of freedom
+PAIRS = [("GRPO", "full SFT"), ("GRPO, beta 0.2", "full SFT"), ("GRPO, LoRA", "LoRA SFT")]
 SKILLED = 95  # % on the trained task
-TASKS = ["sound", "music", "speech"]
-
-
-def measure(model: str, output: str, log: str, share: int = 1) -> dict[str, float]:
-    """Per cent right in each task by evaluate.py, which is not run again where it has been."""
-    if not os.path.exists(f"{output}/results.json"):
-        flags = f"--model {model} --data {FOLDER}/compare/test.jsonl --output {output} --max_new_tokens 16"
-        run_script("evaluate.py", flags, log, share)
-    with open(f"{output}/results.json") as file:
-        return {task: 100 * found["accuracy"] for task, found in json.load(file)["by"]["task"].items()}
-
-
-def side_by_side(function, jobs: list) -> dict:
-    """{job: function(job, share)}, as many at a time as cores, at most eight; a bar shows how far."""
-    share, results = min(8, os.cpu_count()), {}
-    with ThreadPoolExecutor(share) as pool:
-        futures = {pool.submit(function, job, share): job for job in jobs}
-        try:
-            for future in tqdm(as_completed(futures), total=len(jobs), unit="run"):
-                results[futures[future]] = future.result()
-        except KeyboardInterrupt:  # the scripts have caught it too, and save
-            raise BadInput("interrupted; the same command goes on") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
-    return {job: results[job] for job in jobs}
+STUDENT_T = 4.303  # 97.5 % quantile with two degrees of freedom: three seeds
 
 
 def compare(*, task: str = "sound", quick: bool = False) -> None:
-    """Train each method on one task, at three learning rates with three seeds; measure on all three tasks."""
+    """Train each method on one task, at three learning rates with three seeds; measure all on every task."""
     if task not in TASKS:
         raise BadInput(f"--task {task}: unknown, choose one of {', '.join(TASKS)}")
     if not os.path.isdir(f"{FOLDER}/base"):
         make()
-    folder, steps = (f"{FOLDER}/compare/{task}-quick", 150) if quick else (f"{FOLDER}/compare/{task}", 300)
+    share, tasks = min(8, os.cpu_count()), sorted(TASKS, key=lambda name: name != task)  # the trained first
+    folder, seeds, steps = f"{FOLDER}/compare/{task}{'-quick' * quick}", SEEDS, 300
+    if quick:
+        seeds, steps = SEEDS[:1], 150
     os.makedirs(folder, exist_ok=True)
     make_data(f"{FOLDER}/compare", "test", 3 * N_TEST, seed=3)
     rows = [row for row, _ in read_rows(f"{FOLDER}/train.jsonl")[0]]
     write_rows(f"{FOLDER}/train-{task}.jsonl", [row for row in rows if row["task"] == task])
 
-    def run(job, share):
-        method, lr, seed = job
+    def measure(model, output):  # % in each task, and the mean of the two that were not trained
+        if not os.path.exists(f"{output}/results.json"):
+            flags = f"--model {model} --data {FOLDER}/compare/test.jsonl --max_new_tokens 16"
+            run_script("evaluate.py", f"{flags} --output {output}", f"{output}.log", share)
+        with open(f"{output}/results.json") as file:
+            by_task = json.load(file)["by"]["task"]
+        found = [100 * by_task[name]["accuracy"] for name in tasks]
+        return [*found, np.mean(found[1:])]
+
+    def train(seed, method, lr):
         script, flags, _ = COMPARED[method]
         output = f"{folder}/{method.replace(',', '').replace(' ', '-')}-{lr}-{seed}"
         if not os.path.exists(f"{output}/run.json"):  # else it was trained before
             flags += f" --model {FOLDER}/base --data {FOLDER}/train-{task}.jsonl --output {output} --resume"
             flags += f" --lr {lr} --seed {seed} --max_steps {steps} --save_every {steps} --micro_batch 16"
             run_script(script, f"{flags} --max_new_tokens 16", f"{output}.log", share)
-        return measure(output, f"{output}/eval", f"{output}.log", share)
+        return measure(output, f"{output}/eval")
 
-    seeds = SEEDS[:1] if quick else SEEDS
-    jobs = [(m, lr, seed) for seed in seeds for m, (_, _, rates) in COMPARED.items() for lr in rates]
-    found = side_by_side(run, jobs)
-    base = measure(f"{FOLDER}/base", f"{FOLDER}/compare/base", f"{FOLDER}/compare/base.log")
-    for line in table(task, seeds, base, found) + differences(task, seeds, found):
-        print(line)
-    draw_comparison(task, seeds, base, found, f"{folder}/compare.svg")
+    with ThreadPoolExecutor(share) as pool:
+        methods = [(method, lr) for method, (_, _, rates) in COMPARED.items() for lr in rates]
+        runs = [pool.submit(train, seed, *method) for seed in seeds for method in methods]
+        try:
+            for run in tqdm(as_completed(runs), total=len(runs), unit="run"):
+                run.result()
+        except KeyboardInterrupt:  # the scripts have caught it too, and save
+            raise BadInput("interrupted; the same command goes on") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+    scores = np.reshape([run.result() for run in runs], (len(seeds), len(COMPARED), 3, 4))
+    base = np.array(measure(f"{FOLDER}/base", f"{folder}/base"))
+    print("\n".join(comparison_tables(tasks, base, scores)))
+    draw_comparison(tasks, base, scores, f"{folder}/compare.svg")
     print(f"\nthe picture is {folder}/compare.svg")
 
 
-def both(task: str, run: dict[str, float]) -> tuple[float, float]:
-    """Accuracy on the trained task, and the mean of the two others."""
-    return run[task], np.mean([run[other] for other in TASKS if other != task])
+def at_equal_skill(scores: np.ndarray) -> np.ndarray:
+    """Scores (seeds, methods, 4) of the lowest learning rate with SKILLED % on the trained task, else of the
+    best one on it. scores: (seeds, methods, learning rates, 4). The other tasks have no say."""
+    skill = scores[..., 0]
+    chosen = np.where((skill >= SKILLED).any(-1), (skill >= SKILLED).argmax(-1), skill.argmax(-1))
+    return np.take_along_axis(scores, chosen[..., None, None], 2)[:, :, 0]
 
 
-def table(task: str, seeds: list[int], base: dict, found: dict) -> list[str]:
-    """Lines of a table: accuracy by method and learning rate, mean and range over seeds."""
-    first, second = (other for other in TASKS if other != task)
-    lines = [f"| accuracy in % | lr | {task} (trained) | {first} | {second} | both others |"]
-    lines.append("| --- " * 6 + "|")
-    rows = {("base", ""): [base]}
-    for method, (_, _, rates) in COMPARED.items():
-        rows |= {(method, lr): [found[method, lr, seed] for seed in seeds] for lr in rates}
-    for (method, lr), runs in rows.items():
-        columns = zip(*((run[task], run[first], run[second], both(task, run)[1]) for run in runs))
-        cells = [f"{np.mean(c):.1f} ({min(c):.1f} to {max(c):.1f})" for c in columns]
-        lines.append(f"| {method} | {lr} | {' | '.join(cells)} |")
+def comparison_tables(tasks: list[str], base: np.ndarray, scores: np.ndarray) -> list[str]:
+    """Lines of two tables: all runs; what GRPO has more than SFT at equal skill. base: (4,)."""
+    names = f"{tasks[0]} (trained) | {tasks[1]} | {tasks[2]} | both others |"
+    lines = [f"| accuracy in % | lr | {names}", "| --- " * 6 + "|"]
+    lines += [f"| base | | {' | '.join(f'{value:.1f}' for value in base)} |"]
+    for m, (method, (_, _, rates)) in enumerate(COMPARED.items()):
+        for lr, found in zip(rates, scores[:, m].swapaxes(0, 1)):  # (seeds, 4)
+            cells = [f"{x.mean():.1f} ({x.min():.1f} to {x.max():.1f})" for x in found.T]
+            lines.append(f"| {method} | {lr} | {' | '.join(cells)} |")
+    lines += ["", f"| points more, where {tasks[0]} reaches {SKILLED} % | {names}", "| --- " * 5 + "|"]
+    chosen, place = at_equal_skill(scores), list(COMPARED).index
+    for one, other in PAIRS:
+        more = chosen[:, place(one)] - chosen[:, place(other)]  # (seeds, 4), in pairs of one seed
+        cells = [f"{value:+.1f}" for value in more.mean(0)]
+        if len(more) == len(SEEDS):
+            half = STUDENT_T * more.std(0, ddof=1) / len(more) ** 0.5
+            cells = [f"{m:+.1f} ({m - h:+.1f} to {m + h:+.1f})" for m, h in zip(more.mean(0), half)]
+        lines.append(f"| {one} minus {other} | {' | '.join(cells)} |")
     return lines
 
 
-def skilled(task: str, found: dict, method: str, seed: int) -> tuple[float, float]:
-    """The run that speaks for a method: of the lowest learning rate that reaches SKILLED % on the trained
-    task, else the best on it. The other tasks have no say."""
-    runs = [both(task, found[method, lr, seed]) for lr in COMPARED[method][2]]
-    return next((run for run in runs if run[0] >= SKILLED), max(runs, key=lambda run: run[0]))
-
-
-def differences(task: str, seeds: list[int], found: dict) -> list[str]:
-    """Lines of a table: what GRPO has more than SFT at equal skill, in pairs of one seed."""
-    lines = [f"| runs that reach {SKILLED} % | {task} (trained) | both others |", "| --- | --- | --- |"]
-    for method, baseline in PAIRS.items():
-        runs = [[skilled(task, found, name, seed) for name in (method, baseline)] for seed in seeds]
-        more = np.subtract(*np.swapaxes(runs, 0, 1))  # (seeds, 2)
-        half = STUDENT_T * more.std(0, ddof=1) / len(seeds) ** 0.5 if len(seeds) == 3 else [np.inf] * 2
-        cells = [f"{m:+.1f} ({m - h:+.1f} to {m + h:+.1f})" for m, h in zip(more.mean(0), half)]
-        lines.append(f"| {method} minus {baseline} | {' | '.join(cells)} |")
-    return ["", *lines]
-
-
-def draw_comparison(task: str, seeds: list[int], base: dict, found: dict, target: str) -> Figure:
-    """A point a run, a line a method through its means: accuracy on the trained task and on the others."""
+def draw_comparison(tasks: list[str], base: np.ndarray, scores: np.ndarray, target: str) -> Figure:
+    """A point a run, a line a method through the means of its learning rates."""
     figure = Figure(figsize=(7, 4.5), layout="tight")
     axes = figure.subplots()
-    axes.plot(*both(task, base), "k*", markersize=12, label="base")
-    for n, (method, (_, _, rates)) in enumerate(COMPARED.items()):
-        points = np.array([[both(task, found[method, lr, seed]) for seed in seeds] for lr in rates])
+    axes.plot(base[0], base[3], "k*", markersize=12, label="base")
+    for n, (method, points) in enumerate(zip(COMPARED, scores[..., [0, 3]].swapaxes(0, 1))):
         axes.plot(*points.reshape(-1, 2).T, "o", color=f"C{n}", alpha=0.5)
-        axes.plot(*points.mean(1).T, color=f"C{n}", label=method)
-    axes.set(xlabel=f"accuracy on {task}, which was trained, %", ylabel="accuracy on the two others, %")
+        axes.plot(*points.mean(0).T, color=f"C{n}", label=method)
+    axes.set(xlabel=f"accuracy on {tasks[0]}, the trained task, %", ylabel="mean of the two others, %")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(target)
