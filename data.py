@@ -71,6 +71,7 @@ class Example:
     row: dict  # the row as it was read
     location: str  # file and row, for messages
     problem: str = ""  # why the row cannot be used
+    thought: str = ""  # what to think before the answer, for train_sft.py --prompt think
 
 
 # ---------------------------------------------------------------- rows
@@ -153,7 +154,8 @@ def to_example(row: object, location: str, folder: str) -> Example:
         if isinstance(choice, bool) or not isinstance(choice, (str, int, float)) or not str(choice).strip():
             raise BadInput(f"option {n} is not text: {choice!r}")
     choices = [str(choice) for choice in choices]
-    text = "\n".join([question, *choices])
+    thought = row["thought"] if isinstance(row.get("thought"), str) else ""
+    text = "\n".join([question, *choices, thought])
     text.encode()  # which half of a surrogate pair does not survive
     if special := re.search(r"<\|\w+\|>", text):
         raise BadInput(f"the text holds the special token {special[0]}")
@@ -168,7 +170,7 @@ def to_example(row: object, location: str, folder: str) -> Example:
             raise BadInput(f"answer must be an index from 0 to {len(choices) - 1}, not {answer!r}")
         answer = choices[answer]
     answer = None if answer is None else str(answer)
-    return Example(find_clip(row, folder), question, choices, answer, row, location)
+    return Example(find_clip(row, folder), question, choices, answer, row, location, thought=thought)
 
 
 def find_clip(row: dict, folder: str) -> str:

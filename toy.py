@@ -1,7 +1,7 @@
 """The offline stand-in: synthetic questions about synthetic sounds, and a tiny Qwen2-Audio to answer them.
 
     python toy.py make       # writes runs/toy: sounds, questions, and base, a model right half the time
-    python toy.py compare    # the paper's comparison on it: SFT and GRPO, all weights and LoRA, with thoughts
+    python toy.py compare    # the paper's question on it: train on one task, measure on all (--quick, --task)
 
 The files are of the kinds that the real run reads, and the model is a real Qwen2-Audio of 1.0 M parameters
 with a window of 2 s, so all else is the real code. Questions are of MMAU's three tasks, two kinds each.
@@ -12,25 +12,21 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
 
 import numpy as np
 import soundfile
-import soxr
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from transformers import (
-    GenerationConfig,
-    Qwen2AudioConfig,
-    Qwen2AudioEncoderConfig,
-    Qwen2AudioForConditionalGeneration,
-    Qwen2AudioProcessor,
-    Qwen2Config,
-    Qwen2Tokenizer,
-    WhisperFeatureExtractor,
-)
+from matplotlib.figure import Figure
+from tqdm import tqdm
+from transformers import GenerationConfig, Qwen2AudioConfig, Qwen2AudioEncoderConfig
+from transformers import Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor, Qwen2Config, Qwen2Tokenizer
+from transformers import WhisperFeatureExtractor
 
-from data import PROMPTS, SAMPLE_RATE, BadInput, lock_folder
+from data import PROMPTS, SAMPLE_RATE, BadInput, lock_folder, read_rows, write_rows
 from flags import TrainConfig, is_given, run_command
 
 FOLDER = "runs/toy"
@@ -124,20 +120,24 @@ KINDS = {  # kind: task, ways to ask, answers
     "vowel": ("speech", ["Which vowel is spoken?", "Which vowel does the voice say?"], list(VOWELS)),
     "intonation": ("speech", ["How does the voice move?", "What is the intonation of the voice?"], CONTOURS),
 }
-REPHRASED = {  # in words that training does not use
-    "source": ["Can you tell where this noise comes from?"],
-    "count": ["What is the number of short signals?"],
-    "melody": ["In which direction does the tune go?"],
-    "instrument": ["Name the thing these tones are made with."],
-    "vowel": ["Tell me the letter that the person says."],
-    "intonation": ["Describe how the speaker's pitch goes."],
-}
-# longer and lower, shorter and higher, 12 dB more noise, other words
-SHIFTS = ("slow", "fast", "noisy", "rephrased")
+# what one hears in the answer, as its short reason; in words that the base can spell
+THOUGHTS = {
+    "siren": "a tone that moves slowly", "engine": "a low hum", "rain": "noise all the time",
+    "bell": "a tone that fades", "bird": "a tone that moves fast", "knocking": "noise again and again",
+    "once": "beep", "twice": "beep, beep", "three times": "beep, beep, beep",
+    "four times": "beep, beep, beep, beep",
+    "up": "low, then high", "down": "high, then low", "up then down": "low, then high, then low",
+    "nowhere": "the same note again", "flute": "one tone", "organ": "some tones, not all",
+    "trumpet": "many tones", "harp": "notes that fade",
+    "a": "open", "e": "half open, in front", "i": "closed, in front", "o": "half open, at the back",
+    "u": "closed, at the back",
+    "rising": "low, then high", "falling": "high, then low",
+    "rising then falling": "low, then high, then low", "flat": "the same pitch all the time",
+}  # fmt: skip
 
 
-def make_question(kind: str, rng, shift: str = "") -> tuple[dict, np.ndarray]:
-    """A row in the project's own format, without its audio, and its clip; a shift: unlike training."""
+def make_question(kind: str, rng) -> tuple[dict, np.ndarray]:
+    """A row in the project's own format, without its audio, and its clip."""
     task, ways, answers = KINDS[kind]
     choices = [str(c) for c in rng.permutation(answers)[:4]]
     answer = choices[rng.integers(4)]
@@ -153,21 +153,23 @@ def make_question(kind: str, rng, shift: str = "") -> tuple[dict, np.ndarray]:
         clip = melody(*(answer, other("instrument")) if kind == "melody" else (other("melody"), answer), rng)
     else:
         clip = voice(*(answer, other("intonation")) if kind == "vowel" else (other("vowel"), answer), rng)
-    if shift in ("slow", "fast"):  # a fifth
-        clip = soxr.resample(clip, SAMPLE_RATE, SAMPLE_RATE * (1.2 if shift == "slow" else 1 / 1.2))
-    clip = clip / np.abs(clip).max() + (0.08 if shift == "noisy" else 0.02) * rng.standard_normal(len(clip))
-    question = str(rng.choice(REPHRASED[kind] if shift == "rephrased" else ways))
-    row = {"question": question, "choices": choices, "answer": answer, "task": task, "kind": kind}
-    return row | ({"shift": shift} if shift else {}), clip * rng.uniform(0.2, 0.8)
+    clip = clip / np.abs(clip).max() + 0.02 * rng.standard_normal(len(clip))
+    row = {
+        "question": str(rng.choice(ways)),
+        "choices": choices,
+        "answer": answer,
+        "thought": THOUGHTS[answer],
+    }
+    return row | {"task": task, "kind": kind}, clip * rng.uniform(0.2, 0.8)
 
 
-def make_data(folder: str, split: str, n: int, seed: int, shifts: tuple[str, ...] = ("",)) -> None:
+def make_data(folder: str, split: str, n: int, seed: int) -> None:
     """n questions as folder/split.jsonl and folder/split/*.wav, the same on every call."""
     os.makedirs(os.path.join(folder, split), exist_ok=True)
     rng = np.random.default_rng(seed)
     with open(os.path.join(folder, f"{split}.jsonl"), "w") as file:
         for i in range(n):
-            row, clip = make_question(list(KINDS)[i % len(KINDS)], rng, shifts[i // len(KINDS) % len(shifts)])
+            row, clip = make_question(list(KINDS)[i % len(KINDS)], rng)
             row = {"id": f"{split}-{i}", "audio": f"{split}/{i:04d}.wav", **row}
             soundfile.write(os.path.join(folder, row["audio"]), clip.astype(np.float32), SAMPLE_RATE)
             file.write(json.dumps(row) + "\n")
@@ -223,38 +225,43 @@ def make_model(folder: str, seed: int) -> None:
 
 WARMUP = "--lr 7e-4 --max_steps 260 --prompts_per_step 4 --micro_batch 4 --seed 0 --save_every 300"
 TRAINING = "--lr 4e-4 --max_steps 400 --max_new_tokens 16 --eval_every 50 --save_every 200"
+COLD_START = "--lr 1e-3 --max_steps 300 --prompts_per_step 4 --micro_batch 4 --seed 0 --save_every 300"
 
 
-def run_script(name: str, flags: str) -> None:
-    """Run a script in one process of its own, even where a launcher started several of this one."""
-    launcher = (
-        "ACCELERATE_",
-        "TORCHELASTIC_",
-        "MASTER_",
-        "LOCAL_",
-        "GROUP_",
-        "ROLE_",
-        "RANK",
-        "WORLD_SIZE",
-        "OMP_",
-    )
+def run_script(name: str, flags: str, log: str = "", share: int = 1) -> None:
+    """Run a script in one process of its own, even where a launcher started several of this one.
+
+    With a share of n it takes an n-th of the cores; its output goes to `log`, if that is given.
+    """
+    launcher = tuple("ACCELERATE_ TORCHELASTIC_ MASTER_ LOCAL_ GROUP_ ROLE_ RANK WORLD_SIZE OMP_".split())
     environment = {key: value for key, value in os.environ.items() if not key.startswith(launcher)}
+    if share > 1:
+        environment |= {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(share)}  # run_main reads them
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
-    if subprocess.run([sys.executable, script, *flags.split()], env=environment).returncode:
-        raise BadInput(f"{FOLDER}: {name} failed, as it says above")
+    with open(log, "a") if log else nullcontext() as file:
+        command = [sys.executable, script, *flags.split()]
+        done = subprocess.run(command, env=environment, stdout=file, stderr=file)
+    if done.returncode:
+        raise BadInput(f"{FOLDER}: {name} failed, as {log or 'it'} says{'' if log else ' above'}")
+
+
+def warm_up(start: str, flags: str, name: str) -> None:
+    """Train a model by train_sft.py; it appears under its name last, and only when it is whole."""
+    shutil.rmtree(f"{FOLDER}/warmup", ignore_errors=True)
+    files = f"--model {FOLDER}/{start} --data {FOLDER}/train.jsonl --output {FOLDER}/warmup"
+    run_script("train_sft.py", f"{files} {flags}")
+    os.rename(f"{FOLDER}/warmup", f"{FOLDER}/{name}")
 
 
 def make() -> None:
     """Make the toy anew: data, a random model, and its warm-up by train_sft.py."""
     lock = lock_folder(FOLDER)
-    for name in ("base", "init", "warmup", "train", "test", "grpo", "sft", "shifted", "compare"):
+    for name in ("base", "thinker", "init", "train", "test", "grpo", "sft", "compare"):
         shutil.rmtree(f"{FOLDER}/{name}", ignore_errors=True)
     make_data(FOLDER, "train", N_TRAIN, seed=1)
     make_data(FOLDER, "test", N_TEST, seed=2)
     make_model(f"{FOLDER}/init", seed=0)
-    files = f"--model {FOLDER}/init --data {FOLDER}/train.jsonl --output {FOLDER}/warmup"
-    run_script("train_sft.py", f"{files} {WARMUP}")
-    os.rename(f"{FOLDER}/warmup", f"{FOLDER}/base")  # appears last, and only when it is whole
+    warm_up("init", WARMUP, "base")
     shutil.rmtree(f"{FOLDER}/init")
     del lock
 
@@ -266,15 +273,20 @@ def toy_flags(method: str, config: TrainConfig) -> list[str]:
     """
     accelerator, output = Accelerator(), f"{FOLDER}/{method}"
     share = max(1, config.prompts_per_step // accelerator.num_processes)  # prompts of each process
-    flags = f"--model {FOLDER}/base --data {FOLDER}/train.jsonl --eval_data {FOLDER}/test.jsonl"
+    thinks = method == "grpo" and config.prompt == "think"  # from a base that has seen thoughts
+    base = "thinker" if thinks else "base"
+    flags = f"--model {FOLDER}/{base} --data {FOLDER}/train.jsonl --eval_data {FOLDER}/test.jsonl"
     flags += f" --output {output} --prompts_per_step {share * accelerator.num_processes}"
-    flags += f" --micro_batch {share} {TRAINING}"
+    flags += f" --micro_batch {share} {TRAINING}" + " --max_new_tokens 48" * (config.prompt == "think")
     if accelerator.is_main_process:
         print("No --model and no --data: this is the offline toy. The README has the paper's recipe.")
         if not os.path.isdir(f"{FOLDER}/base"):
             size = f"{N_TRAIN + N_TEST} sounds and a tiny model"
             print(f"making it in {FOLDER}: {size}, about a minute", flush=True)
             make()
+        if thinks and not os.path.isdir(f"{FOLDER}/thinker"):
+            print("warming it up with thoughts", flush=True)
+            warm_up("base", f"--prompt think {COLD_START}", "thinker")
         if os.path.isdir(output) and not config.resume and not is_given("--output"):
             lock = lock_folder(output)
             shutil.rmtree(output, ignore_errors=True)
@@ -286,49 +298,111 @@ def toy_flags(method: str, config: TrainConfig) -> list[str]:
 
 # ---------------------------------------------------------------- the comparison
 
-COMPARED = {  # the paper's rows; every run sees 400 x 16 samples
-    "full SFT": ("train_sft.py", "--lr 4e-4", 16),
-    "LoRA SFT": ("train_sft.py", "--lr 3e-3 --lora_rank 16 --lora_target all", 16),
-    "GRPO, answer": ("train_grpo.py", "--lr 4e-4", 16),
-    "GRPO, think": ("train_grpo.py", "--lr 4e-4 --prompt think", 48),
-    "GRPO, answer, LoRA": ("train_grpo.py", "--lr 3e-3 --lora_rank 16 --lora_target all", 16),
+TASKS, SEEDS = ["sound", "music", "speech"], [1, 2, 3]
+LORA = "--lora_rank 16 --lora_target all"
+RATES, LORA_RATES = ("1e-4", "2e-4", "4e-4"), ("7e-4", "1.5e-3", "3e-3")
+COMPARED = {  # method: script, flags, learning rates
+    "full SFT": ("train_sft.py", "", RATES),
+    "LoRA SFT": ("train_sft.py", LORA, LORA_RATES),
+    "GRPO": ("train_grpo.py", "--beta 0.04", RATES),
+    "GRPO, beta 0.2": ("train_grpo.py", "--beta 0.2", RATES),
+    "GRPO, LoRA": ("train_grpo.py", f"--beta 0.04 {LORA}", LORA_RATES),
 }
-SEEDS = [1, 2, 3]
+PAIRS = [("GRPO", "full SFT"), ("GRPO, beta 0.2", "full SFT"), ("GRPO, LoRA", "LoRA SFT")]
+SKILLED = 90  # % on the trained task
+STUDENT_T = 4.303  # 97.5 % quantile with two degrees of freedom: three seeds
 
 
-def accuracy(model: str, split: str, output: str, max_new_tokens: int) -> float:
-    """Per cent right by evaluate.py, which is not run again where it has been."""
-    results = f"{output}/{split}/results.json"
-    if not os.path.exists(results):
-        questions = f"--data {FOLDER}/{split}.jsonl --output {output}/{split}"
-        run_script("evaluate.py", f"--model {model} {questions} --max_new_tokens {max_new_tokens}")
-    with open(results) as file:
-        return 100 * json.load(file)["accuracy"]
-
-
-def compare() -> None:
-    """Train each method with each seed; print accuracy on held-out questions and on shifted ones."""
+def compare(*, task: str = "sound", quick: bool = False) -> None:
+    """Train each method on one task, three learning rates, three seeds (--quick: one); measure on all."""
+    if task not in TASKS:
+        raise BadInput(f"--task {task}: unknown, choose one of {', '.join(TASKS)}")
     if not os.path.isdir(f"{FOLDER}/base"):
         make()
-    make_data(FOLDER, "shifted", N_TEST, seed=3, shifts=SHIFTS)
-    base = [accuracy(f"{FOLDER}/base", split, f"{FOLDER}/compare/base", 16) for split in ("test", "shifted")]
-    table = [f"| base | {base[0]:.1f} | {base[1]:.1f} |"]
-    for method, (script, flags, max_new_tokens) in COMPARED.items():
-        scores = {"test": [], "shifted": []}
-        for seed in SEEDS:
-            output = f"{FOLDER}/compare/{method.replace(', ', '-').replace(' ', '-')}-{seed}"
-            if not os.path.exists(f"{output}/run.json"):  # else it was trained before
-                shutil.rmtree(output, ignore_errors=True)
-                data = f"--model {FOLDER}/base --data {FOLDER}/train.jsonl --output {output} --seed {seed}"
-                steps = f"--max_steps 400 --save_every 400 --micro_batch 16 --max_new_tokens {max_new_tokens}"
-                run_script(script, f"{data} {steps} {flags}")
-            for split in scores:
-                scores[split].append(accuracy(output, split, output, max_new_tokens))
-        cells = [f"{np.mean(found):.1f} ({min(found):.1f} to {max(found):.1f})" for found in scores.values()]
-        table.append(f"| {method} | {' | '.join(cells)} |")
-    print(f"\naccuracy in %, mean (range) over seeds {SEEDS}\n\n| | held out | shifted |")
-    print("| --- | --- | --- |")
-    print("\n".join(table))
+    share, tasks = min(8, os.cpu_count()), sorted(TASKS, key=lambda name: name != task)  # the trained first
+    folder, seeds = f"{FOLDER}/compare/{task}", SEEDS[:1] if quick else SEEDS
+    os.makedirs(folder, exist_ok=True)
+    make_data(f"{FOLDER}/compare", "test", 3 * N_TEST, seed=3)
+    rows = [row for row, _ in read_rows(f"{FOLDER}/train.jsonl")[0]]
+    write_rows(f"{FOLDER}/train-{task}.jsonl", [row for row in rows if row["task"] == task])
+
+    def measure(model, output):  # % in each task, and the mean of the two that were not trained
+        if not os.path.exists(f"{output}/results.json"):
+            flags = f"--model {model} --data {FOLDER}/compare/test.jsonl --max_new_tokens 16"
+            run_script("evaluate.py", f"{flags} --output {output}", f"{output}.log", share)
+        with open(f"{output}/results.json") as file:
+            by_task = json.load(file)["by"]["task"]
+        found = [100 * by_task[name]["accuracy"] for name in tasks]
+        return [*found, np.mean(found[1:])]
+
+    def train(seed, method, lr):
+        script, flags, _ = COMPARED[method]
+        output = f"{folder}/{method.replace(',', '').replace(' ', '-')}-{lr}-{seed}"
+        if not os.path.exists(f"{output}/run.json"):  # else it was trained before
+            flags += f" --model {FOLDER}/base --data {FOLDER}/train-{task}.jsonl --output {output} --resume"
+            flags += f" --lr {lr} --seed {seed} --max_steps 150 --save_every 150 --micro_batch 16"
+            run_script(script, f"{flags} --max_new_tokens 16", f"{output}.log", share)
+        return measure(output, f"{output}/eval")
+
+    with ThreadPoolExecutor(share) as pool:
+        methods = [(method, lr) for method, (_, _, rates) in COMPARED.items() for lr in rates]
+        runs = [pool.submit(train, seed, *method) for seed in seeds for method in methods]
+        try:
+            for run in tqdm(as_completed(runs), total=len(runs), unit="run"):
+                run.result()
+        except KeyboardInterrupt:  # the scripts have caught it too, and save
+            raise BadInput("interrupted; the same command goes on") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+    scores = np.reshape([run.result() for run in runs], (len(seeds), len(COMPARED), 3, 4))
+    base = np.array(measure(f"{FOLDER}/base", f"{folder}/base"))
+    print("\n".join(comparison_tables(tasks, base, scores)))
+    draw_comparison(tasks, base, scores, f"{folder}/compare.svg")
+    print(f"\nthe picture is {folder}/compare.svg")
+
+
+def at_equal_skill(scores: np.ndarray) -> np.ndarray:
+    """Scores (seeds, methods, 4) of the lowest learning rate with SKILLED % on the trained task, else of the
+    best one on it. scores: (seeds, methods, learning rates, 4). The other tasks have no say."""
+    skill = scores[..., 0]
+    chosen = np.where((skill >= SKILLED).any(-1), (skill >= SKILLED).argmax(-1), skill.argmax(-1))
+    return np.take_along_axis(scores, chosen[..., None, None], 2)[:, :, 0]
+
+
+def comparison_tables(tasks: list[str], base: np.ndarray, scores: np.ndarray) -> list[str]:
+    """Lines of two tables: all runs; what GRPO has more than SFT at equal skill. base: (4,)."""
+    names = f"{tasks[0]} (trained) | {tasks[1]} | {tasks[2]} | both others |"
+    lines = [f"| accuracy in % | lr | {names}", "| --- " * 6 + "|"]
+    lines += [f"| base | | {' | '.join(f'{value:.1f}' for value in base)} |"]
+    for m, (method, (_, _, rates)) in enumerate(COMPARED.items()):
+        for lr, found in zip(rates, scores[:, m].swapaxes(0, 1)):  # (seeds, 4)
+            cells = [f"{x.mean():.1f} ({x.min():.1f} to {x.max():.1f})" for x in found.T]
+            lines.append(f"| {method} | {lr} | {' | '.join(cells)} |")
+    lines += ["", f"| points more, where {tasks[0]} reaches {SKILLED} % | {names}", "| --- " * 5 + "|"]
+    chosen, place = at_equal_skill(scores), list(COMPARED).index
+    for one, other in PAIRS:
+        more = chosen[:, place(one)] - chosen[:, place(other)]  # (seeds, 4), in pairs of one seed
+        cells = [f"{value:+.1f}" for value in more.mean(0)]
+        if len(more) == len(SEEDS):
+            half = STUDENT_T * more.std(0, ddof=1) / len(more) ** 0.5
+            cells = [f"{m:+.1f} ({m - h:+.1f} to {m + h:+.1f})" for m, h in zip(more.mean(0), half)]
+        lines.append(f"| {one} minus {other} | {' | '.join(cells)} |")
+    return lines
+
+
+def draw_comparison(tasks: list[str], base: np.ndarray, scores: np.ndarray, target: str) -> Figure:
+    """A point a run, a line a method through the means of its learning rates."""
+    figure = Figure(figsize=(7, 4.5), layout="tight")
+    axes = figure.subplots()
+    axes.plot(base[0], base[3], "k*", markersize=12, label="base")
+    for n, (method, points) in enumerate(zip(COMPARED, scores[..., [0, 3]].swapaxes(0, 1))):
+        axes.plot(*points.reshape(-1, 2).T, "o", color=f"C{n}", alpha=0.5)
+        axes.plot(*points.mean(0).T, color=f"C{n}", label=method)
+    axes.set(xlabel=f"accuracy on {tasks[0]}, the trained task, %", ylabel="mean of the two others, %")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(target)
+    return figure
 
 
 if __name__ == "__main__":

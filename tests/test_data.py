@@ -66,6 +66,12 @@ def test_every_source_becomes_the_same_example(tmp_path, source, as_list):
     assert example.audio == str(tmp_path / clip)
 
 
+def test_a_row_may_carry_a_thought(tmp_path):
+    rows = [OWN | {"thought": "it {meows}"}, OWN, CONVERTED | {"thought": "it meows"}, OWN | {"thought": 3}]
+    thoughts = [example.thought for example in load_examples(write(tmp_path / "rows", rows))]
+    assert thoughts == ["it {meows}", "", "it meows", ""]
+
+
 def test_avqa_asks_about_the_audio_and_others_stay_as_they_are(tmp_path):
     path = write(tmp_path / "rows", [CONVERTED, AVQA, AVQA | {"answer": None}, OWN])
     questions = [example.question for example in load_examples(path, for_training=False)]
@@ -120,6 +126,7 @@ BAD_ROWS = {
     "index as text": (AVQA | {"answer": "cat"}, "an index from 0 to 1, not 'cat'"),
     "not an option": (OWN | {"answer": "bird"}, "answer 'bird' is not among the options ['dog', 'cat']"),
     "no audio": ({k: v for k, v in OWN.items() if k != "audio"}, "no audio"),
+    "special token in a thought": (OWN | {"thought": "hm<|im_end|>"}, "special token <|im_end|>"),
     "special token": (OWN | {"question": "What is <|AUDIO|>?"}, "special token <|AUDIO|>"),
 }
 

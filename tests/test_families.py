@@ -204,7 +204,7 @@ def test_supervised_training_evaluation_and_merging(family, tmp_path, monkeypatc
     """An answer to imitate ends as the model's own turn; what was trained is asked, then merged and asked."""
     run_script("train_sft", family.folder, tmp_path / "run", lora_rank=2, merge=True)
     processor = load_processor(str(family.folder / "model"))
-    ids, mask = train_sft.answer_batch(processor, [SimpleNamespace(answer="a dog")], "answer")
+    ids, mask = train_sft.answer_batch(processor, [SimpleNamespace(answer="a dog", thought="")], "answer")
     end = "</s>" if family.name == "voxtral" else "<|im_end|>"
     assert ids[0, 0, -1] == processor.tokenizer.convert_tokens_to_ids(end) and mask.all()
     assert processor.tokenizer.decode(ids[0, 0, :-1].tolist()) == "<answer>a dog</answer>"

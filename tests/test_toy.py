@@ -3,7 +3,9 @@ import os
 import re
 import subprocess
 import sys
-from collections import defaultdict
+import threading
+import time
+from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,6 +41,17 @@ def test_questions_are_of_mmaus_three_kinds_and_cannot_be_guessed_from_the_place
         assert len(set(example.choices)) == 4
     assert {task: len(found) for task, found in kinds.items()} == {"sound": 2, "music": 2, "speech": 2}
     assert places == {0, 1, 2, 3}
+
+
+def test_a_thought_is_true_and_leads_to_one_answer(folder):
+    for kind, (_, _, answers) in toy.KINDS.items():
+        assert len({toy.THOUGHTS[answer] for answer in answers}) == len(answers), kind
+    for example in load_examples(str(folder / "train.jsonl")):
+        assert example.thought == toy.THOUGHTS[example.answer]
+        if example.row["kind"] == "count":  # the beeps of the clip: how often it gets loud
+            loudness = np.abs(load_audio(example.audio)).reshape(-1, 800).mean(1)
+            loud = loudness > loudness.max() / 2
+            assert example.thought.count("beep") == (loud & ~np.roll(loud, 1)).sum()
 
 
 def test_train_and_test_share_no_clip(folder):
@@ -77,6 +90,20 @@ def test_a_second_run_reuses_the_toy_and_clears_the_first(tmp_path, toy_run, cap
 def test_a_run_that_goes_on_or_elsewhere_clears_nothing(tmp_path, toy_run, words):
     assert toy_run(*words).output == ("runs/toy/grpo" if "--resume" in words else "elsewhere")
     assert (tmp_path / "runs/toy/grpo/checkpoint-200").exists()
+
+
+def test_thinking_starts_from_a_base_that_has_seen_thoughts(tmp_path, toy_run, monkeypatch):
+    warmed = []
+    monkeypatch.setattr(toy, "run_script", lambda name, flags: warmed.append((name, flags)))
+    monkeypatch.setattr(os, "rename", lambda source, target: os.makedirs(target))
+    assert toy_run().model == "runs/toy/base" and not warmed
+    config = toy_run("--prompt", "think")
+    assert (config.model, config.max_new_tokens, config.prompt) == ("runs/toy/thinker", 48, "think")
+    ((name, flags),) = warmed
+    start = parse(train_sft.Config, "", flags.split())
+    assert (name, start.prompt, start.model) == ("train_sft.py", "think", "runs/toy/base")
+    toy_run("--prompt", "think")
+    assert len(warmed) == 1  # the second run takes the thinker that is there
 
 
 def test_own_flags_go_on_top_of_the_toys(toy_run):
@@ -174,67 +201,178 @@ def test_help_explains_every_flag_with_its_default(script):
     assert all("(default:" in flag for flag in flags), [flag for flag in flags if "(default:" not in flag]
 
 
-def test_shifted_questions_are_unlike_any_in_training(tmp_path):
-    toy.make_data(tmp_path, "plain", 24, seed=3)
-    toy.make_data(tmp_path, "shifted", 24, seed=3, shifts=toy.SHIFTS)
-    plain, shifted = (load_examples(str(tmp_path / f"{split}.jsonl")) for split in ("plain", "shifted"))
-    assert {example.row["shift"] for example in shifted} == set(toy.SHIFTS)
-    asked = {way for _, ways, _ in toy.KINDS.values() for way in ways}
-    for i, example in enumerate(shifted):
-        shift, wave = example.row["shift"], load_audio(example.audio)
-        assert (example.question in asked) == (shift != "rephrased")
-        assert example.answer in toy.KINDS[example.row["kind"]][2]
-        assert {"slow": 22_000 < len(wave), "fast": len(wave) < 27_000}.get(shift, len(wave) <= 32_000)
-        if i == 0:  # drawn alike up to the first shift: the same sound, a fifth longer and as much lower
-            before = load_audio(plain[0].audio)
-            assert len(wave) == pytest.approx(1.2 * len(before), rel=1e-3)
-            peak, peak_before = (np.abs(np.fft.rfft(w)).argmax() / len(w) for w in (wave, before))
-            assert peak == pytest.approx(peak_before / 1.2, rel=0.01)
-
-
-def test_the_comparison_runs_each_method_with_each_seed_and_reuses_what_is_there(
-    tmp_path, monkeypatch, capsys
-):
-    """With the scripts replaced by what they would leave behind; their flags are parsed by the real
-    settings.
+@pytest.fixture
+def comparison(tmp_path, monkeypatch):
+    """What toy.compare runs, with the scripts replaced by what they would leave behind; their flags are
+    parsed by the real settings. The base is right in 50 %, a run in 60 + 10 * lr / 1e-4 + seed.
     """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/toy/base").mkdir(parents=True)
-    monkeypatch.setattr(toy, "N_TEST", 24)
-    ran = []
+    monkeypatch.setattr(toy, "N_TEST", 8)
+    toy.make_data("runs/toy", "train", 24, seed=1)
+    monkeypatch.setattr(toy, "make_data", lambda *_, **__: None)
+    ran, lock = [], threading.Lock()
 
-    def run_script(name, flags):
+    def run_script(name, flags, log, share):
         module = {"train_sft.py": train_sft, "train_grpo.py": train_grpo, "evaluate.py": evaluate}[name]
         settings = parse(module.Config, "", flags.split())
-        ran.append((name, settings))
-        os.makedirs(settings.output, exist_ok=True)
+        with lock:
+            ran.append((name, settings))
+        output = Path(settings.output)
+        output.mkdir(parents=True, exist_ok=True)
         if name == "evaluate.py":
-            (Path(settings.output) / "results.json").write_text(
-                json.dumps({"accuracy": 0.5 + 0.01 * len(ran)})
-            )
+            known = {
+                str(run.output): 60 + 10 * run.lr / 1e-4 + run.seed for name, run in ran if "train" in name
+            }
+            x = known.get(settings.model, 50) / 100
+            scores = {"sound": x, "music": x / 2, "speech": x / 4}
+            by_task = {task: {"accuracy": score} for task, score in scores.items()}
+            (output / "results.json").write_text(json.dumps({"by": {"task": by_task}}))
         else:
-            (Path(settings.output) / "run.json").touch()
+            (output / "run.json").touch()
 
     monkeypatch.setattr(toy, "run_script", run_script)
+    return ran
+
+
+def test_the_comparison_trains_each_method_on_one_task_and_measures_it_on_all(comparison, tmp_path, capsys):
+    toy.compare(task="music")
+    runs = [(name, run) for name, run in comparison if name != "evaluate.py"]
+    assert len(runs) == 45 and len(comparison) == 45 + 46
+    kinds = Counter((n, bool(r.lora_rank), getattr(r, "beta", None), r.lr, r.seed) for n, r in runs)
+    assert len(kinds) == 45
+    assert Counter(kind[:3] for kind in kinds) == {
+        ("train_sft.py", False, None): 9,
+        ("train_sft.py", True, None): 9,
+        ("train_grpo.py", False, 0.04): 9,
+        ("train_grpo.py", False, 0.2): 9,
+        ("train_grpo.py", True, 0.04): 9,
+    }
+    assert {(run.max_steps, run.prompts_per_step, run.data, run.resume) for _, run in runs} == {
+        (150, 16, "runs/toy/train-music.jsonl", True)
+    }
+    rows = [json.loads(line) for line in open("runs/toy/train-music.jsonl")]
+    assert len(rows) == 8 and {row["task"] for row in rows} == {"music"}
+    out = capsys.readouterr().out.splitlines()
+    assert "| accuracy in % | lr | music (trained) | sound | speech | both others |" in out
+    assert "| base | | 25.0 | 50.0 | 12.5 | 31.2 |" in out
+    cells = "36.0 (35.5 to 36.5) | 72.0 (71.0 to 73.0) | 18.0 (17.8 to 18.2) | 45.0 (44.4 to 45.6)"
+    assert f"| GRPO | 1e-4 | {cells} |" in out
+    assert ElementTree.parse(tmp_path / "runs/toy/compare/music/compare.svg").getroot().tag.endswith("svg")
+
+
+def test_the_comparison_goes_on_where_it_was_interrupted(comparison, monkeypatch):
+    run_script = toy.run_script
+
+    def interrupted(*args):
+        if len(comparison) > 20:
+            raise BadInput("train_sft.py failed")
+        run_script(*args)
+
+    monkeypatch.setattr(toy, "run_script", interrupted)
+    with pytest.raises(BadInput, match="train_sft.py failed"):
+        toy.compare()
+    assert 20 < len(comparison) < 30
+    monkeypatch.setattr(toy, "run_script", run_script)
     toy.compare()
-    trained = [(name, settings) for name, settings in ran if name != "evaluate.py"]
-    assert len(trained) == 15 and len(ran) == 15 + 32
-    assert {(settings.max_steps, settings.prompts_per_step) for _, settings in trained} == {
-        (400, 16)
-    }  # the same samples seen
-    assert [settings.seed for _, settings in trained] == [1, 2, 3] * 5
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert [row.split(" | ")[0] for row in rows[2:]] == [
-        "| base",
-        *(f"| {method}" for method in toy.COMPARED),
+    outputs = Counter(settings.output for _, settings in comparison)
+    assert len(outputs) == 45 + 46 and set(outputs.values()) == {1}
+    toy.compare()
+    assert len(comparison) == 45 + 46
+
+
+def test_ctrl_c_in_the_comparison_starts_no_further_run(comparison, monkeypatch):
+    def ctrl_c(runs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(toy, "as_completed", ctrl_c)
+    run_script = toy.run_script
+    monkeypatch.setattr(toy, "run_script", lambda *args: (time.sleep(0.1), run_script(*args)))
+    with pytest.raises(BadInput, match="interrupted; the same command goes on"):
+        toy.compare()
+    assert len(comparison) < 10 + 2 * os.cpu_count()
+
+
+def test_the_quick_comparison_has_one_seed_and_the_whole_one_goes_on_from_it(comparison, capsys):
+    toy.compare(quick=True)
+    assert {run.seed for name, run in comparison if name != "evaluate.py"} == {1}
+    assert len(comparison) == 15 + 16
+    last = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("| GRPO minus full SFT |")
     ]
-    assert (
-        rows[2] == "| base | 51.0 | 52.0 |"
-        and rows[3] == "| full SFT | 57.0 (54.0 to 60.0) | 58.0 (55.0 to 61.0) |"
-    )
-    before = len(ran)
+    assert "to" not in last[0]  # one seed has no interval
     toy.compare()
-    assert len(ran) == before
+    assert len(comparison) == 45 + 46
+
+
+def test_an_unknown_task_is_refused():
+    with pytest.raises(BadInput, match="--task singing: unknown, choose one of sound, music, speech"):
+        toy.compare(task="singing")
+
+
+def random_scores():
+    """Of (3 seeds, 5 methods, 3 learning rates, 4): on both sides of what counts as skilled, with ties."""
+    return np.random.default_rng(0).integers(85, 95, (3, 5, 3, 4)).astype(float)
+
+
+def test_runs_are_compared_at_equal_skill_and_chosen_by_the_trained_task_alone():
+    scores = random_scores()
+    chosen = toy.at_equal_skill(scores)
+    fallbacks = 0
+    for seed in range(3):
+        for method in range(5):
+            runs = scores[seed, method].tolist()  # by rising learning rate
+            expected = next((run for run in runs if run[0] >= 90), None)
+            if expected is None:
+                expected, fallbacks = sorted(runs, key=lambda run: -run[0])[0], fallbacks + 1
+            assert chosen[seed, method].tolist() == expected
+    assert 0 < fallbacks < 15
+    for method, (_, _, rates) in toy.COMPARED.items():
+        assert [float(lr) for lr in rates] == sorted(map(float, rates)), method
+
+
+def test_differences_are_paired_over_seeds_with_a_t_interval():
+    scores = np.full((3, 5, 3, 4), 97.0)
+    grpo, sft = list(toy.COMPARED).index("GRPO"), list(toy.COMPARED).index("full SFT")
+    scores[:, sft, :, 3] = np.array([10, 30, 50])[:, None]
+    scores[:, grpo, :, 3] = np.array([11, 32, 53])[:, None]  # 1, 2 and 3 more
+    lines = toy.comparison_tables(["sound", "music", "speech"], np.zeros(4), scores)
+    (line,) = [line for line in lines if line.startswith("| GRPO minus full SFT |")]
+    # the mean is 2, the standard deviation 1, t(0.975, 2) = 4.3027: 2 -+ 4.3027 / sqrt(3)
+    assert line.split(" | ")[-1] == "+2.0 (-0.5 to +4.5) |"
+    assert line.split(" | ")[1] == "+0.0 (+0.0 to +0.0)"
+
+
+def test_the_comparisons_picture_has_a_point_a_run_and_a_line_a_method(tmp_path):
+    scores, base = random_scores(), np.array([65.0, 60, 20, 40])
+    target = tmp_path / "compare.svg"
+    (axes,) = toy.draw_comparison(["sound", "music", "speech"], base, scores, str(target)).axes
+    star, *lines = [line.get_xydata() for line in axes.lines]
+    assert star.tolist() == [[65, 40]] and len(lines) == 10
+    for method in range(5):
+        points, means = lines[2 * method], lines[2 * method + 1]
+        runs = [(run[0], run[3]) for seed in scores for run in seed[method]]
+        assert sorted(map(tuple, points)) == sorted(runs)
+        for lr, mean in enumerate(means):
+            assert mean == pytest.approx([np.mean([s[method][lr][k] for s in scores]) for k in (0, 3)])
+    assert ElementTree.parse(target).getroot().tag.endswith("svg")
+    assert [text.get_text() for text in axes.get_legend().texts] == ["base", *toy.COMPARED]
+
+
+def test_scripts_side_by_side_share_the_cores_and_write_logs(tmp_path, monkeypatch):
+    """What a real process sees; the script fails, and its reason is in the log."""
+    script = tmp_path / "show.py"
+    script.write_text(
+        f"import sys, os; sys.path.insert(0, {str(ROOT)!r})\n"
+        "os.cpu_count = lambda: 12\n"
+        "import torch; from data import BadInput; from flags import run_main\n"
+        "def main(): raise BadInput(f'{torch.get_num_threads()} threads')\n"
+        "run_main(main)\n"
+    )
+    monkeypatch.setattr(toy, "__file__", str(tmp_path / "toy.py"))
+    with pytest.raises(BadInput, match="show.py failed, as .*log says$"):
+        toy.run_script("show.py", "", str(tmp_path / "log"), 4)
+    assert (tmp_path / "log").read_text() == "error: 3 threads\n"
 
 
 def test_an_unknown_command_is_refused():

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, inputs_of, metrics, run_script
+from conftest import ROOT, inputs_of, metrics, run_script, write
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -20,7 +20,7 @@ def train(folder, output, **flags):
     run_script("train_sft", folder, output, **flags)
 
 
-@pytest.mark.parametrize("prompt", ["plain", "answer"])
+@pytest.mark.parametrize("prompt", ["plain", "answer", "think"])
 def test_loss_is_the_models_own_on_the_answer_tokens(
     folder, tmp_path, toy_model, examples, monkeypatch, prompt
 ):
@@ -28,9 +28,9 @@ def test_loss_is_the_models_own_on_the_answer_tokens(
     monkeypatch.setattr("data.stream_indices", lambda *_: [3])
     train(folder, tmp_path / "run", prompts_per_step=1, max_steps=1, prompt=prompt)
     inputs = inputs_of(processor, examples[3:4], prompt)
-    target = {"plain": "{}<|im_end|>", "answer": "<answer>{}</answer><|im_end|>"}[prompt].format(
-        examples[3].answer
-    )
+    targets = {"plain": "{answer}", "answer": "<answer>{answer}</answer>"}
+    targets["think"] = "<think>{thought}</think><answer>{answer}</answer>"
+    target = targets[prompt].format(**examples[3].row) + "<|im_end|>"
     answer = processor.tokenizer(target, return_tensors="pt")["input_ids"]
     ids = torch.cat([inputs["input_ids"], answer], 1)
     labels = torch.cat([torch.full_like(inputs["input_ids"], -100), answer], 1)
@@ -94,9 +94,21 @@ def test_nothing_to_do_is_refused(folder, tmp_path):
         train(folder, tmp_path / "run", max_steps=-1)
 
 
-def test_thoughts_cannot_be_imitated(folder, tmp_path):
-    with pytest.raises(BadInput, match="no thoughts to imitate"):
-        train(folder, tmp_path / "run", prompt="think")
+@pytest.mark.parametrize(
+    "thought", [None, "", " \n", 3, ["it barks"], "it <answer>barks", "it</think> barks"]
+)
+def test_rows_without_a_thought_cannot_be_imitated(folder, tmp_path, thought):
+    rows = [json.loads(line) for line in open(folder / "train.jsonl")]
+    rows[20]["thought"] = thought
+    if thought is None:
+        del rows[20]["thought"]
+    path = write(tmp_path / "rows", rows)
+    flags = dict(data=path, audio_dir=str(folder), max_steps=1)
+    with pytest.raises(
+        BadInput, match="rows:21: no thought to imitate [(]key 'thought', text without tags[)]"
+    ):
+        train(folder, tmp_path / "run", prompt="think", **flags)
+    train(folder, tmp_path / "answers", **flags)  # which need none
 
 
 # ---------------------------------------------------------------- LoRA
