@@ -8,6 +8,7 @@ import time
 from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import evaluate
 import toy
 import train_grpo
 import train_sft
-from data import load_audio
+from data import BadInput, load_audio
 from flags import parse
 
 
