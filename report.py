@@ -31,10 +31,7 @@ from model import LOADABLE
 from rewards import GROUPS, judge, paired_difference, prediction_of
 
 MOST = 2_000  # groups or questions on a page
-CLIP_BYTES, ALL_CLIPS_BYTES = (
-    1_000_000,
-    20_000_000,
-)  # of a clip and of all, inside the page; others are linked
+CLIP_BYTES, ALL_CLIPS_BYTES = 1_000_000, 10_000_000  # inside the page: a clip, all; others are linked
 WORDS = {True: "right", False: "wrong", None: "not scored"}
 
 STYLE = """

@@ -400,8 +400,8 @@ def test_a_step_that_stops_a_run_again_and_again_can_be_skipped(folder, tmp_path
     broken = broken[data.stream_indices(24, 42, 4 * 2, 1)[0]]  # of step 2
     steps, seen, held_out = training.steps, [], dict(eval_data=str(folder / "test.jsonl"), eval_every=2)
 
-    def spy(run, accuracy):
-        for step, batch in steps(run, accuracy):
+    def spy(run, *hooks):
+        for step, batch in steps(run, *hooks):
             seen.append((step, any(example.location == broken for example in batch.examples)))
             yield step, batch
 
