@@ -1,7 +1,7 @@
 """Get data ready: fetch it by its name on the hub, or convert AVQA; check it; filter it.
 
 python prepare_data.py hub TwinkStart/MMAU --split v05.15.25 --output mmau
-python prepare_data.py avqa train_qa.json --audio_dir vggsound --output avqa_train.jsonl
+python prepare_data.py avqa train_qa.json --audio_dir vggsound-audio --output avqa_train.jsonl
 python prepare_data.py check avqa_train.jsonl
 python prepare_data.py filter avqa_train.jsonl --predictions runs/eval/predictions.json --output hard.jsonl
 """

@@ -122,7 +122,7 @@ def test_under_lora_the_reference_is_the_policy_with_its_adapters_off(
         return logps
 
     monkeypatch.setattr("training.load_frozen", no_reference)
-    monkeypatch.setattr("model.shared_prompt_logps", spy)
+    monkeypatch.setattr("policy.shared_prompt_logps", spy)
     train(folder, tmp_path / "run", lora_rank=4, lr=1.0, max_steps=3, micro_batch=4)
     lines = metrics(tmp_path / "run")
     assert lines[0]["kl"] == 0 and lines[2]["kl"] > 1e-4
