@@ -131,7 +131,8 @@ def group_metrics(run: Run, texts: list[list[str]], ids, mask, accuracy, formats
     }
     if run.config.prompt == "think":
         thoughts = [o.partition("<answer>")[0] for group in texts for o in group]  # with their tags
-        tokens = sum(map(len, run.processor.tokenizer(thoughts)["input_ids"])) / len(thoughts)
+        tokenized = run.processor.tokenizer(thoughts, add_special_tokens=False)["input_ids"]
+        tokens = sum(map(len, tokenized)) / len(thoughts)
         metrics |= {"thinking_tokens": tokens, "answer_tokens": lengths.mean() - tokens}
     return metrics
 
