@@ -404,7 +404,7 @@ def draw_comparison(tasks: list[str], base: np.ndarray, scores: np.ndarray, targ
         axes.plot(*points.mean(0).T, color=f"C{n}", label=method)
     axes.set(xlabel=f"accuracy on {tasks[0]}, the trained task, %", ylabel="mean of the two others, %")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="lower left")
     figure.savefig(target)
     return figure
 
