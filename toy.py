@@ -300,7 +300,7 @@ def toy_flags(method: str, config: TrainConfig) -> list[str]:
 
 TASKS, SEEDS = ["sound", "music", "speech"], [1, 2, 3]
 LORA = "--lora_rank 16 --lora_target all"
-RATES, LORA_RATES = ("1e-4", "2e-4", "4e-4"), ("7e-4", "1.5e-3", "3e-3")
+RATES, LORA_RATES = ("5e-5", "1e-4", "2e-4"), ("3e-4", "1e-3", "3e-3")
 COMPARED = {  # method: script, flags, learning rates
     "full SFT": ("train_sft.py", "", RATES),
     "LoRA SFT": ("train_sft.py", LORA, LORA_RATES),
@@ -309,18 +309,20 @@ COMPARED = {  # method: script, flags, learning rates
     "GRPO, LoRA": ("train_grpo.py", f"--beta 0.04 {LORA}", LORA_RATES),
 }
 PAIRS = [("GRPO", "full SFT"), ("GRPO, beta 0.2", "full SFT"), ("GRPO, LoRA", "LoRA SFT")]
-SKILLED = 90  # % on the trained task
+SKILLED = 95  # % on the trained task
 STUDENT_T = 4.303  # 97.5 % quantile with two degrees of freedom: three seeds
 
 
 def compare(*, task: str = "sound", quick: bool = False) -> None:
-    """Train each method on one task, three learning rates, three seeds (--quick: one); measure on all."""
+    """Train each method on one task, three learning rates, three seeds; measure on all."""
     if task not in TASKS:
         raise BadInput(f"--task {task}: unknown, choose one of {', '.join(TASKS)}")
     if not os.path.isdir(f"{FOLDER}/base"):
         make()
     share, tasks = min(8, os.cpu_count()), sorted(TASKS, key=lambda name: name != task)  # the trained first
-    folder, seeds = f"{FOLDER}/compare/{task}", SEEDS[:1] if quick else SEEDS
+    folder, seeds, steps = f"{FOLDER}/compare/{task}", SEEDS, 300
+    if quick:
+        folder, seeds, steps = f"{folder}-quick", SEEDS[:1], 150
     os.makedirs(folder, exist_ok=True)
     make_data(f"{FOLDER}/compare", "test", 3 * N_TEST, seed=3)
     rows = [row for row, _ in read_rows(f"{FOLDER}/train.jsonl")[0]]
@@ -340,7 +342,7 @@ def compare(*, task: str = "sound", quick: bool = False) -> None:
         output = f"{folder}/{method.replace(',', '').replace(' ', '-')}-{lr}-{seed}"
         if not os.path.exists(f"{output}/run.json"):  # else it was trained before
             flags += f" --model {FOLDER}/base --data {FOLDER}/train-{task}.jsonl --output {output} --resume"
-            flags += f" --lr {lr} --seed {seed} --max_steps 150 --save_every 150 --micro_batch 16"
+            flags += f" --lr {lr} --seed {seed} --max_steps {steps} --save_every {steps} --micro_batch 16"
             run_script(script, f"{flags} --max_new_tokens 16", f"{output}.log", share)
         return measure(output, f"{output}/eval")
 
@@ -400,7 +402,7 @@ def draw_comparison(tasks: list[str], base: np.ndarray, scores: np.ndarray, targ
         axes.plot(*points.mean(0).T, color=f"C{n}", label=method)
     axes.set(xlabel=f"accuracy on {tasks[0]}, the trained task, %", ylabel="mean of the two others, %")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="lower left")
     figure.savefig(target)
     return figure
 
