@@ -62,7 +62,7 @@ def test_commands_name_flags_that_exist():
     assert len(commands) > 10
     for command in commands:
         script, flags = re.search(r"(\w+\.py)(.*)", command).groups()
-        words = [word for word in shlex.split(flags) if word not in ("...", "…")]
+        words = [word for word in shlex.split(flags, comments=True) if word not in ("...", "…")]
         _, unknown = HfArgumentParser(SCRIPTS[script].Config).parse_args_into_dataclasses(
             words, return_remaining_strings=True
         )
