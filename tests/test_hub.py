@@ -683,9 +683,15 @@ def test_commands_by_their_flags(tmp_path, monkeypatch, capsys):
 
 def test_the_readmes_commands_have_flags_that_exist():
     commands = re.findall(
-        r"^    python prepare_data\.py (\w+) .*", (ROOT / "README.md").read_text(), re.MULTILINE
+        r"^    python prepare_data\.py (\w+) .*",
+        "".join((ROOT / f"{name}.md").read_text() for name in ("README", "REFERENCE")),
+        re.MULTILINE,
     )
-    lines = re.findall(r"^    python prepare_data\.py .*", (ROOT / "README.md").read_text(), re.MULTILINE)
+    lines = re.findall(
+        r"^    python prepare_data\.py .*",
+        "".join((ROOT / f"{name}.md").read_text() for name in ("README", "REFERENCE")),
+        re.MULTILINE,
+    )
     assert {"hub", "avqa", "check", "filter"} <= set(commands)
     for name, line in zip(commands, lines, strict=True):
         parameters = inspect.signature(getattr(prepare_data, name)).parameters
