@@ -40,7 +40,7 @@ from training import Run, with_whole_weights
 
 @dataclass
 class Config:
-    model: str = HfArg(default=DEFAULT_MODEL, help="hub name or folder of a Qwen2-Audio model")
+    model: str = HfArg(default=DEFAULT_MODEL, help="hub name or folder of a supported model")
     data: str = HfArg(default="", help="questions: MMAU, MMAR, or any file that training takes")
     audio_dir: str = HfArg(default="", help="folder of the clips; empty: beside the questions")
     output: str = HfArg(default="", help="folder for the results; empty: runs/eval, or eval in --checkpoints")

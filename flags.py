@@ -103,7 +103,7 @@ def check_at_least(config, **bounds) -> None:
 class TrainConfig:
     """What both kinds of training have in common."""
 
-    model: str = HfArg(default=DEFAULT_MODEL, help="hub name or folder of a Qwen2-Audio model")
+    model: str = HfArg(default=DEFAULT_MODEL, help="hub name or folder of a supported model")
     data: str = HfArg(default="", help="training questions: JSON or JSON Lines, see README")
     audio_dir: str = HfArg(default="", help="folder of the clips; empty: beside the questions")
     skip_bad_audio: bool = HfArg(default=False, help="skip and count what cannot be read, and do not stop")
