@@ -27,8 +27,9 @@ from model import LOADABLE, add_saved_adapters, base_of_adapter, check_finite_we
 
 # flags that a resumed run may change: nothing computed before depends on them (data is known by its content)
 MAY_CHANGE = "output resume save_every keep_states merge log_with eval_data eval_every data audio_dir".split()
-MAY_CHANGE += "skip_bad_audio micro_batch gradient_checkpointing eval_batch_size skip_steps".split()
-MAY_CHANGE += ["samples_every"]
+MAY_CHANGE += (
+    "skip_bad_audio micro_batch gradient_checkpointing eval_batch_size skip_steps samples_every".split()
+)
 
 # ---------------------------------------------------------------- saving
 
@@ -236,9 +237,8 @@ def resume(run) -> int:
             lines, damaged = read_metrics(output, name)
             if damaged:
                 accelerator.print(f"--resume: {damaged} lines of {name} cannot be read and are dropped")
-            if os.path.exists(
-                path := os.path.join(output, name)
-            ):  # what came after the checkpoint comes again
+            # what came after the checkpoint comes again
+            if os.path.exists(path := os.path.join(output, name)):
                 write_rows(path, [line for line in lines if line["step"] < step])
     accelerator.wait_for_everyone()
     return step

@@ -206,10 +206,10 @@ def encode_qwen2_audio(model, inputs: dict) -> torch.Tensor:
 
 def encoder_is_frozen(model) -> bool:
     """Whether training leaves what `encode_audio` gives as it is."""
-    parts = ["audio_tower", "multi_modal_projector"][: 1 if model.config.model_type == "qwen2_audio" else 2]
-    return not any(
-        p.requires_grad for name, p in model.model.named_parameters() if name.split(".")[0] in parts
-    )
+    parts = ("audio_tower.", "multi_modal_projector.")
+    if model.config.model_type == "qwen2_audio":
+        parts = "audio_tower."  # its projector comes after
+    return not any(p.requires_grad for name, p in model.model.named_parameters() if name.startswith(parts))
 
 
 def embed_prompt(model, inputs: dict) -> torch.Tensor:

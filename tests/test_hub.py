@@ -487,19 +487,25 @@ def test_an_interrupted_call_goes_on(tmp_path, serve):
         convert("some/name", tmp_path / "out")
 
 
+def interrupt_at_clip(n, monkeypatch):
+    """Ctrl-C when the n-th clip is read; returns the list of what was read, which goes on growing."""
+    real, calls = prepare_data.read_clip, []
+
+    def read_clip(*args):
+        calls.append(args)
+        if len(calls) == n:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(prepare_data, "read_clip", read_clip)
+    return calls
+
+
 def test_an_interrupted_call_on_json_lines_goes_on(tmp_path, monkeypatch):
     for n, content in enumerate(CLIPS):
         (tmp_path / f"{n}").write_bytes(content)
     path = write(tmp_path / "a.jsonl", [asked("?", ["x", "y"], "x", audio=f"{n % 3}", n=n) for n in range(6)])
-    real, calls = prepare_data.read_clip, []
-
-    def stop_at_the_fourth(*args):
-        calls.append(args)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(prepare_data, "read_clip", stop_at_the_fourth)
+    calls = interrupt_at_clip(4, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         convert(path, tmp_path / "out", limit="5")
     assert [row["n"] for row in convert(path, tmp_path / "out", limit="5")] == list(range(5))
@@ -573,15 +579,7 @@ def test_an_interrupted_call_goes_on_in_the_middle_of_a_file(tmp_path, monkeypat
     rows = some_rows(9)
     for n in range(3):
         write_table(tmp_path / f"train-0000{n}-of-00003.parquet", rows[3 * n : 3 * n + 3])
-    real, calls = prepare_data.read_clip, []
-
-    def stop_at_the_sixth(*args):
-        calls.append(args)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(prepare_data, "read_clip", stop_at_the_sixth)
+    calls = interrupt_at_clip(6, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         convert(tmp_path, tmp_path / "out")
     assert [row["id"] for row in convert(tmp_path, tmp_path / "out")] == list(range(9))
