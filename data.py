@@ -290,15 +290,13 @@ def make_batch(processor, examples: list[Example], waves: list[np.ndarray], prom
     1 where there is sound.
     """
     texts = [chat_text(processor, example, prompt) for example in examples]
-    length = window(processor)
-    audio_kwargs = {"sampling_rate": SAMPLE_RATE, "max_length": length}  # else Omni's are padded to 300 s
     with torch.autocast("cpu", enabled=False):  # features are fp32, whatever the model computes in
         # `audio=`, not `audios=`: current transformers drop the old name and the model answers blind
         inputs = processor(
             text=texts,
-            audio=[wave[:length] for wave in waves],
+            audio=[wave[: window(processor)] for wave in waves],
             text_kwargs={"padding": True},  # a flat padding=True would reach the audio too
-            audio_kwargs=audio_kwargs,
+            audio_kwargs=whole_window(processor) | {"sampling_rate": SAMPLE_RATE},
             return_tensors="pt",
         )
     return dict(inputs)
@@ -307,6 +305,11 @@ def make_batch(processor, examples: list[Example], waves: list[np.ndarray], prom
 def window(processor) -> int:
     """Samples at 16 kHz of a clip that the model hears, at most 30 s."""
     return min(WINDOW, processor.feature_extractor.n_samples)
+
+
+def whole_window(processor) -> dict:
+    """Arguments that pad a clip to the window, not to Omni's 300 s, and not to the longest clip beside it."""
+    return {"padding": "max_length", "max_length": window(processor)}
 
 
 def is_cut(processor, wave: np.ndarray) -> bool:

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoProcessor, DynamicCache, PreTrainedConfig
 
-from data import SAMPLE_RATE, BadInput
+from data import SAMPLE_RATE, BadInput, select_rows, whole_window
 
 # cuDNN would take every attention call on Hopper. It builds a plan for each new shape, and sampling and
 # packing make new ones all the time; under a mask its backward pass gives nan at some lengths
@@ -95,6 +95,8 @@ def load_processor(path: str):
             wanted = "mistral-common[audio]" if kind is VoxtralProcessor else "pillow torchvision"
             raise BadInput(f"pip install {wanted}: {str(error).strip().splitlines()[0]}") from None
     processor.tokenizer.padding_side = "left"  # for sampling, whatever the hub's tokenizer config says
+    # make_batch asks for this too, but in transformers 5.23 Qwen3-Omni's drops what a call asks for
+    processor.audio_kwargs = getattr(processor, "audio_kwargs", {}) | whole_window(processor)
     return processor
 
 
@@ -176,12 +178,16 @@ def encode_audio(model, inputs: dict):
 
     Of Qwen2-Audio (B, S, D_audio), without its projector; the others' own code gives (n, D) for each prompt.
     """
-    if model.config.model_type == "qwen2_audio":
+    kind, count = model.config.model_type, len(inputs["input_features"])
+    if kind == "qwen2_audio":
         return encode_qwen2_audio(model, inputs)
+    if (
+        "qwen3" in kind and count > 1
+    ):  # clips under 1 s would change with those beside them, in its own code too
+        return tuple(encode_audio(model, select_rows(inputs, slice(n, n + 1)))[0] for n in range(count))
     wanted = inspect.signature(model.model.get_audio_features).parameters
     features = {name: value for name, value in inputs.items() if name in wanted}
-    dtype = next(model.model.audio_tower.parameters()).dtype
-    features["input_features"] = features["input_features"].to(dtype)
+    features["input_features"] = features["input_features"].to(model.model.audio_tower.dtype)
     audio = model.model.get_audio_features(**features, return_dict=True).pooler_output  # (placeholders, D)
     placeholders = (inputs["input_ids"] == model.config.audio_token_id).sum(1)  # (B,)
     check_placeholders(placeholders.sum(), audio)
@@ -246,10 +252,9 @@ def additive_mask(visible: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
     device = embeds.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else embeds.dtype
     B, queries, keys = visible.shape
-    mask = torch.full((B, 1, queries, -(-keys // 8) * 8), -torch.inf, dtype=dtype, device=embeds.device)[
-        ..., :keys
-    ]
-    return mask.masked_fill_(visible[:, None], 0)
+    width = -(-keys // 8) * 8
+    mask = torch.full((B, 1, queries, width), -torch.inf, dtype=dtype, device=embeds.device)
+    return mask[..., :keys].masked_fill_(visible[:, None], 0)
 
 
 # ---------------------------------------------------------------- sampling

@@ -20,7 +20,7 @@ import evaluate
 import toy
 import train_grpo
 import train_sft
-from data import SAMPLE_RATE, BadInput, is_cut, make_batch, select_rows, window
+from data import SAMPLE_RATE, BadInput, is_cut, load_audio, make_batch, select_rows, window
 from model import FAMILIES, encode_audio, encoder_is_frozen, eos_tokens, load_model, load_processor
 from model import repeated_logps, sample, shared_prompt_logps
 from policy import Policy, load_policy
@@ -112,6 +112,22 @@ def test_two_micro_batches_are_one(family, examples):
     parts = [shared_prompt_logps(model, select_rows(inputs, r), ids[r], mask[r], 1.0) for r in halves]
     torch.testing.assert_close(torch.cat(parts), one, atol=1e-5, rtol=0)
     assert_same_gradients(gradients(model, one), gradients(model, torch.cat(parts)))
+
+
+@torch.no_grad()
+def test_a_prompt_is_the_same_beside_others(family, examples):
+    """Qwen3-Omni's processor and its encoder pad to the longest clip of a batch, which changes the others."""
+    model, processor = load(family)
+    waves = [load_audio(examples[0].audio)[: int(seconds * SAMPLE_RATE)] for seconds in (0.31, 0.8, 1.77, 2)]
+    together = make_batch(processor, [examples[0]] * len(waves), waves, "answer")
+    encoded = encode_audio(model, together)
+    for n, wave in enumerate(waves):
+        row, alone = (
+            select_rows(together, slice(n, n + 1)),
+            make_batch(processor, examples[:1], [wave], "answer"),
+        )
+        assert alone.keys() == row.keys() and all(torch.equal(alone[name], row[name]) for name in alone)
+        torch.testing.assert_close(encode_audio(model, alone)[0], encoded[n], atol=1e-5, rtol=0)
 
 
 def test_in_bf16_it_says_about_the_same(family, examples):
