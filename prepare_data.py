@@ -57,7 +57,7 @@ def hub(name: str, *, output: str, split: str = "", limit: str = "0", video_to_a
             try:
                 with blame(location):
                     item = to_own_format(row, video_to_audio)
-                    content, clip = read_clip(row, folder)
+                    content, clip = clip_bytes(row, folder)
                     with open_audio(clip, content) as file:
                         kind = file.format.lower().replace("wavex", "wav")
             except BadInput as error:
@@ -143,7 +143,7 @@ def cells(value: object) -> list[dict]:
     return [v for v in values if isinstance(v, dict) and v and v.keys() <= {"bytes", "path"}]
 
 
-def read_clip(row: dict, folder: str | None) -> tuple[bytes, str]:
+def clip_bytes(row: dict, folder: str | None) -> tuple[bytes, str]:
     """Bytes and name of a row's one clip. folder: of the rows, for clips beside them; None: on the hub."""
     columns = [column for column in row if cells(row[column])]
     columns = columns or [column for column in ("audio", "audio_path", "audio_id") if row.get(column)][:1]

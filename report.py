@@ -256,7 +256,8 @@ def evaluation_page(folders: list[str], audio_dir: str) -> str:
     """Accuracy and all questions of an evaluation, or the questions whose answers two of them differ in."""
     paths = [os.path.join(folder, "predictions.json") for folder in folders]
     results = read_json(os.path.join(folders[-1], "results.json"))
-    audio_dir, parts, items = audio_dir or os.path.dirname(results.get("data", "")), [], []
+    audio_dir = audio_dir or results.get("audio_dir") or os.path.dirname(results.get("data", ""))
+    parts, items = [], []
     if len(folders) == 1:
         rows, digest = read_rows(paths[0])
         if results.get("predictions_sha256") != digest:
@@ -329,7 +330,7 @@ def main() -> None:
     kind = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
     parser.add_argument("folders", nargs="+", help="a training run, an evaluation, or two evaluations")
-    parser.add_argument("--audio_dir", default="", help="an evaluation's clips; empty: beside its questions")
+    parser.add_argument("--audio_dir", default="", help="an evaluation's clips; empty: where it read them")
     parser.add_argument("--picture", default="", help="file for a picture of a run's accuracy and KL")
     config = parser.parse_args()
     *before, folder = config.folders

@@ -489,15 +489,15 @@ def test_an_interrupted_call_goes_on(tmp_path, serve):
 
 def interrupt_at_clip(n, monkeypatch):
     """Ctrl-C when the n-th clip is read; returns the list of what was read, which goes on growing."""
-    real, calls = prepare_data.read_clip, []
+    real, calls = prepare_data.clip_bytes, []
 
-    def read_clip(*args):
+    def clip_bytes(*args):
         calls.append(args)
         if len(calls) == n:
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(prepare_data, "read_clip", read_clip)
+    monkeypatch.setattr(prepare_data, "clip_bytes", clip_bytes)
     return calls
 
 

@@ -241,6 +241,15 @@ def test_the_page_of_an_evaluation(folder, tmp_path, show):
     assert page.text.count("(the answer)") == len(page.all("audio")) == 12 and "wrong: <no>" in page.text
 
 
+def test_an_evaluation_knows_where_its_clips_are(folder, tmp_path, show, monkeypatch):
+    (tmp_path / "questions.jsonl").write_bytes((folder / "test.jsonl").read_bytes())
+    flags = f"--model {folder}/model --data {tmp_path}/questions.jsonl --audio_dir {folder}"
+    flags += f" --output {tmp_path}/eval --limit 2 --max_new_tokens 2"
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *flags.split()])
+    evaluate.main()
+    assert len(show(tmp_path / "eval").all("audio")) == 2
+
+
 def test_without_answers_there_is_no_accuracy(folder, tmp_path, show):
     page = show(make_evaluation(tmp_path / "eval", folder, {}, answer=None))
     assert "no answers to compare with" in page.text
