@@ -378,7 +378,8 @@ def comparison_tables(tasks: list[str], base: np.ndarray, scores: np.ndarray) ->
     lines += [f"| base | | {' | '.join(f'{value:.1f}' for value in base)} |"]
     for m, (method, (_, _, rates)) in enumerate(COMPARED.items()):
         for lr, found in zip(rates, scores[:, m].swapaxes(0, 1)):  # (seeds, 4)
-            cells = [f"{x.mean():.1f} ({x.min():.1f} to {x.max():.1f})" for x in found.T]
+            ranges = [f" ({x.min():.1f} to {x.max():.1f})" if len(x) > 1 else "" for x in found.T]
+            cells = [f"{x.mean():.1f}{extent}" for x, extent in zip(found.T, ranges)]
             lines.append(f"| {method} | {lr} | {' | '.join(cells)} |")
     lines += ["", f"| points more, where {tasks[0]} reaches {SKILLED} % | {names}", "| --- " * 5 + "|"]
     chosen, place = at_equal_skill(scores), list(COMPARED).index
@@ -388,7 +389,9 @@ def comparison_tables(tasks: list[str], base: np.ndarray, scores: np.ndarray) ->
         if len(more) == len(SEEDS):
             half = STUDENT_T * more.std(0, ddof=1) / len(more) ** 0.5
             cells = [f"{m:+.1f} ({m - h:+.1f} to {m + h:+.1f})" for m, h in zip(more.mean(0), half)]
-        lines.append(f"| {one} minus {other} | {' | '.join(cells)} |")
+        skill = chosen[:, [place(one), place(other)], 0]
+        note = "" if skill.min() >= SKILLED else f", not all at {SKILLED} %"
+        lines.append(f"| {one} minus {other}{note} | {' | '.join(cells)} |")
     return lines
 
 

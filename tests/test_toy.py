@@ -298,9 +298,7 @@ def test_the_quick_comparison_has_one_seed_and_a_folder_of_its_own(comparison, c
     toy.compare(quick=True)
     assert {run.seed for name, run in comparison if name != "evaluate.py"} == {1}
     assert len(comparison) == 15 + 16
-    last = [
-        line for line in capsys.readouterr().out.splitlines() if line.startswith("| GRPO minus full SFT |")
-    ]
+    last = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| GRPO minus full SFT")]
     assert "to" not in last[0]  # one seed has no interval
     assert all("compare/sound-quick/" in settings.output for _, settings in comparison)
 
@@ -341,6 +339,19 @@ def test_differences_are_paired_over_seeds_with_a_t_interval():
     # the mean is 2, the standard deviation 1, t(0.975, 2) = 4.3027: 2 -+ 4.3027 / sqrt(3)
     assert line.split(" | ")[-1] == "+2.0 (-0.5 to +4.5) |"
     assert line.split(" | ")[1] == "+0.0 (+0.0 to +0.0)"
+    scores[0, grpo, :, 0] = 94  # of one seed
+    lines = toy.comparison_tables(["sound", "music", "speech"], np.zeros(4), scores)
+    assert sum(line.startswith("| GRPO minus full SFT, not all at 95 % |") for line in lines) == 1
+
+
+def test_one_seed_has_no_range_and_no_interval():
+    """As with --quick, where GRPO does not reach the skill that its row would promise."""
+    scores = np.full((1, 5, 3, 4), 97.0)
+    scores[:, 2] = 80
+    lines = toy.comparison_tables(["sound", "music", "speech"], np.zeros(4), scores)
+    assert "| GRPO | 5e-5 | 80.0 | 80.0 | 80.0 | 80.0 |" in lines
+    assert "| GRPO minus full SFT, not all at 95 % | -17.0 | -17.0 | -17.0 | -17.0 |" in lines
+    assert "| GRPO, beta 0.2 minus full SFT | +0.0 | +0.0 | +0.0 | +0.0 |" in lines
 
 
 def test_the_comparisons_picture_has_a_point_a_run_and_a_line_a_method(tmp_path):
