@@ -222,7 +222,7 @@ def to_text(answer: object, choices: list[str]) -> str | None:
     position, rest = split_letter(answer) if isinstance(answer, str) else (answer, "")
     if isinstance(answer, str) and not lettered:
         # a text comes before a letter ("D" among notes); options with other letters leave open what "D" means
-        has_letters = any(place is not None and rest for place, rest in map(split_letter, choices))
+        has_letters = any(letter is not None and rest for letter, rest in map(split_letter, choices))
         position = None if meant or has_letters else position
     if type(position) is int and 0 <= position < len(texts) and rest in ("", texts[position]):
         meant.add(texts[position])
@@ -379,12 +379,14 @@ def filter(file: str, *, predictions: str, output: str, drop: str = "right") -> 
         raise BadInput(f"{predictions}: has {len(answers)} rows, and {file} only {len(rows)}")
     kept, marks = [], Counter({None: len(rows) - len(answers)})
     old = {"model_output", "model_prediction", "completion"}  # where the rows are predictions themselves
-    for (row, location), (answer, place) in zip(rows, answers):
-        mark = judge(answer, place)
+    for (row, location), (answer, answer_location) in zip(rows, answers):
+        mark = judge(answer, answer_location)
         if not isinstance(row, dict) or any(
             json.dumps(answer.get(key)) != json.dumps(row[key]) for key in row.keys() - old
         ):
-            raise BadInput(f"{place}: is not about {location}; were the predictions made from this file?")
+            raise BadInput(
+                f"{answer_location}: is not about {location}; were the predictions made from this file?"
+            )
         mark = None if prediction_of(answer) is None else mark
         marks[mark] += 1
         if mark == (drop == "wrong"):

@@ -382,14 +382,14 @@ def comparison_tables(tasks: list[str], base: np.ndarray, scores: np.ndarray) ->
             cells = [f"{x.mean():.1f}{extent}" for x, extent in zip(found.T, ranges)]
             lines.append(f"| {method} | {lr} | {' | '.join(cells)} |")
     lines += ["", f"| points more, where {tasks[0]} reaches {SKILLED} % | {names}", "| --- " * 5 + "|"]
-    chosen, place = at_equal_skill(scores), list(COMPARED).index
+    chosen, index = at_equal_skill(scores), list(COMPARED).index
     for one, other in PAIRS:
-        more = chosen[:, place(one)] - chosen[:, place(other)]  # (seeds, 4), in pairs of one seed
+        more = chosen[:, index(one)] - chosen[:, index(other)]  # (seeds, 4), in pairs of one seed
         cells = [f"{value:+.1f}" for value in more.mean(0)]
         if len(more) == len(SEEDS):
             half = STUDENT_T * more.std(0, ddof=1) / len(more) ** 0.5
             cells = [f"{m:+.1f} ({m - h:+.1f} to {m + h:+.1f})" for m, h in zip(more.mean(0), half)]
-        skill = chosen[:, [place(one), place(other)], 0]
+        skill = chosen[:, [index(one), index(other)], 0]
         note = "" if skill.min() >= SKILLED else f", not all at {SKILLED} %"
         lines.append(f"| {one} minus {other}{note} | {' | '.join(cells)} |")
     return lines
