@@ -16,6 +16,7 @@ import numpy as np
 import soundfile
 import torch
 import transformers
+from packaging.version import Version
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoProcessor, DynamicCache, PreTrainedConfig
@@ -31,19 +32,18 @@ if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
     os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 DEFAULT_MODEL = "Qwen/Qwen2-Audio-7B-Instruct"
-# a folder with one of these is a model, or LoRA adapters of one
-LOADABLE = ("config.json", "adapter_config.json")
+LOADABLE = ("config.json", "adapter_config.json")  # a folder with one is a model, or LoRA adapters of one
 NO_CODE = {"trust_remote_code": False}  # a model is data: nothing that it brings along is run
 
-# config.model_type -> the class without "ForConditionalGeneration", and the first transformers that has it
+# config.model_type -> the class without "ForConditionalGeneration", and the first transformers that fits
 FAMILIES = {
-    "qwen2_audio": ("Qwen2Audio", "4.45"),
-    "qwen2_5_omni": ("Qwen2_5OmniThinker", "4.52"),  # of a full checkpoint the thinker alone is loaded
-    "qwen3_omni_moe": ("Qwen3OmniMoeThinker", "4.57"),
-    "audioflamingo3": ("AudioFlamingo3", "5.0"),
-    "musicflamingo": ("MusicFlamingo", "5.5"),
-    "voxtral": ("Voxtral", "4.54"),
-    "glmasr": ("GlmAsr", "5.0"),
+    "qwen2_audio": ("Qwen2Audio", "5.10"),
+    "qwen2_5_omni": ("Qwen2_5OmniThinker", "5.21"),  # of a full checkpoint the thinker alone is loaded
+    "qwen3_omni_moe": ("Qwen3OmniMoeThinker", "5.21"),
+    "audioflamingo3": ("AudioFlamingo3", "5.10"),
+    "musicflamingo": ("MusicFlamingo", "5.10"),
+    "voxtral": ("Voxtral", "5.10"),
+    "glmasr": ("GlmAsr", "5.10"),
 }
 
 
@@ -57,37 +57,37 @@ def load_model(path: str, dtype="auto"):
         with loading(path):
             add_saved_adapters(model, path)
         return model, processor
-    name, since = family(path)
+    model_class = getattr(transformers, f"{family(path)}ForConditionalGeneration")
     processor = load_processor(path)
     with loading(path):
-        if not (model_class := getattr(transformers, f"{name}ForConditionalGeneration", None)):
-            raise BadInput(f"needs transformers {since}, and {transformers.__version__} is installed")
         # sdpa takes the masks of shared_prompt_logps; eager attention would read them wrongly
         model, report = model_class.from_pretrained(
             path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **NO_CODE
         )
-        for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if names := sorted(map(str, report[what])):
-                what = what.replace("_", " ")
-                raise BadInput(f"its weights do not fit: {len(names)} {what}, first {names[0]}")
+        for what in ("missing", "unexpected", "mismatched"):
+            if names := sorted(map(str, report[f"{what}_keys"])):
+                raise BadInput(f"its weights do not fit: {len(names)} {what} keys, first {names[0]}")
         check_finite_weights(model.named_parameters())
         check_tokenizer(processor, model)
     return model, processor
 
 
-def family(path: str) -> tuple[str, str]:
-    """The entry of FAMILIES that a model belongs to."""
+def family(path: str) -> str:
+    """The name in FAMILIES of the kind that a model is of."""
     with loading(path):
         kind = str(PreTrainedConfig.get_config_dict(path)[0].get("model_type")).removesuffix("_thinker")
         if kind not in FAMILIES:
             raise BadInput(f"is a {kind} model; supported are {', '.join(FAMILIES)}")
-        return FAMILIES[kind]
+        name, since = FAMILIES[kind]
+        if Version(transformers.__version__) < Version(since):
+            raise BadInput(f"needs transformers {since}, and {transformers.__version__} is installed")
+    return name
 
 
 def load_processor(path: str):
     """A model's processor: its tokenizer, feature extractor and chat template; adapters have their base's."""
     path = base_of_adapter(path) or path
-    kind = VoxtralProcessor if family(path)[0] == "Voxtral" else AutoProcessor
+    kind = VoxtralProcessor if family(path) == "Voxtral" else AutoProcessor
     with loading(path):
         try:
             processor = kind.from_pretrained(path, **NO_CODE)
