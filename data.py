@@ -72,6 +72,7 @@ class Example:
     location: str  # file and row, for messages
     problem: str = ""  # why the row cannot be used
     thought: str = ""  # what to think before the answer, for train_sft.py --prompt think
+    by_name: bool = False  # the clip was found by its file name alone
 
 
 # ---------------------------------------------------------------- rows
@@ -170,23 +171,28 @@ def to_example(row: object, location: str, folder: str) -> Example:
             raise BadInput(f"answer must be an index from 0 to {len(choices) - 1}, not {answer!r}")
         answer = choices[answer]
     answer = None if answer is None else str(answer)
-    return Example(find_clip(row, folder), question, choices, answer, row, location, thought=thought)
+    audio, by_name = find_clip(row, folder)
+    return Example(audio, question, choices, answer, row, location, thought=thought, by_name=by_name)
 
 
-def find_clip(row: dict, folder: str) -> str:
-    """Path of a row's clip: the first of its likely names that exists, else the likeliest."""
+def find_clip(row: dict, folder: str) -> tuple[str, bool]:
+    """Path of a row's clip, and whether only its file name led there.
+
+    The first of its likely names that exists, else the likeliest.
+    """
     key = next((key for key in ("audio", "audio_path", "audio_id", "video_name") if key in row), None)
     name = row.get(key)
     if not isinstance(name, str) or not name.strip():
         raise BadInput("no audio (key 'audio', 'audio_path', 'audio_id' or 'video_name')")
     if key == "video_name":  # original AVQA: `<youtube id>_<start in six digits>`; clips have various names
         video, _, start = name.rpartition("_")
-        stems = f"{video}_{start.lstrip('0')}", name, f"{video}_000000"
+        stems = f"{video}_{start.lstrip('0') or 0}", name, f"{video}_000000"
         names = [f"{stem}.{kind}" for kind in ("wav", "flac", "mp3", "ogg") for stem in stems]
     else:
         names = [name, os.path.basename(name)]
     paths = [os.path.normpath(os.path.join(folder, name)) for name in names]
-    return next((path for path in paths if os.path.isfile(path)), paths[0])
+    found = next((path for path in paths if os.path.isfile(path)), paths[0])
+    return found, key != "video_name" and found != paths[0]
 
 
 def check_audio(examples: list[Example], skip: bool = False) -> int:

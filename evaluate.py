@@ -23,14 +23,14 @@ import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object, set_seed
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
 from data import PROMPTS, SAMPLE_RATE, BadInput, Example, blame, check_audio, decode, is_cut, load_audio
 from data import load_examples, lock_folder, made_ahead, make_batch, read_clip, read_rows, sha256, to_example
 from data import window, write_whole
-from flags import check_at_least, parse, run_main, say, warn_of_a_gpu_not_found
+from flags import check_at_least, parse, run_main, say, warn_of_a_gpu_not_found, warn_of_clips_by_name
 from model import DEFAULT_MODEL, LOADABLE, NotFinite, completion_mask, eos_tokens, load_model, sample
 from policy import weights_hash
 from rewards import by_group, extract_answer, format_reward, judge, mmau_match, paired_difference
@@ -194,6 +194,7 @@ def show(results: dict, target: str) -> None:
     notes = {
         "unanswered": "rows have no answer to compare with and are not in the score",
         "missing": "rows have no prediction and count as wrong (the benchmark's script may leave them out)",
+        "odd_answers": "rows have an answer that is none of their options, as a letter or an index would be",
         "over_length": "clips are longer than the model's window; the rest was cut",
     }
     for name, text in notes.items():
@@ -313,7 +314,7 @@ def evaluate(config: Config, accelerator, examples: list[Example], digest: str, 
         second = deepcopy(processor)  # a tokenizer is not to be used by two threads at once
         ahead = made_ahead(lambda b: prepare(second, [examples[i] for i in b], prompt, config.silence), mine)
         for batch, asked in zip(tqdm(mine, desc="answering", disable=not is_main), ahead):
-            set_seed(config.seed + batch[0])  # for --decoding model
+            torch.manual_seed(config.seed + batch[0])  # for --decoding model
             predictions = predict(model, processor, asked, config.max_new_tokens, config.decoding)
             answered |= zip(batch, predictions)
             file.write("".join(json.dumps([i, *answered[i]]) + "\n" for i in batch))
@@ -325,18 +326,16 @@ def evaluate(config: Config, accelerator, examples: list[Example], digest: str, 
         for example, (completion, *_) in zip(examples, predictions):
             answer = extract_answer(completion, prompt)
             # both keys that the benchmark's own script has used
-            answers = {"model_output": answer, "model_prediction": answer}
-            rows.append(example.row | answers | {"completion": completion})
+            row = example.row | {"model_output": answer, "model_prediction": answer, "completion": completion}
+            rows.append(row | ({"unusable": example.problem} if example.problem else {}))
         write_json(target, rows)
         packages = torch, transformers, accelerate
-        located = [(row, example.location, bool(example.problem)) for row, example in zip(rows, examples)]
-        results = score(located) | {
+        results = score([(row, example.location) for row, example in zip(rows, examples)]) | {
             "unparseable": sum(format_reward(p.completion, prompt) == 0 for p in predictions) / len(rows),
             "over_length": sum(p.cut for p in predictions),
             "unreadable": [p.error for p in predictions if p.error],
             **how,
             "data": config.data,
-            "audio_dir": config.audio_dir,
             "predictions_sha256": sha256(target),
             "processes": accelerator.num_processes,
             "seconds": round(time.perf_counter() - began, 3),
@@ -358,7 +357,9 @@ def earlier_answers(folder: str, how: dict) -> dict[int, Prediction]:
                 with suppress(ValueError):  # half a line
                     value = json.loads(line)
                     if isinstance(value, list):
-                        answered[value[0]] = Prediction(*value[1:])
+                        index, prediction = value[0], Prediction(*value[1:])
+                        if not prediction.error:  # else its clip may be there by now
+                            answered[index] = prediction
                     elif changed := [name for name in how if value.get(name) != how[name]]:
                         ways = "remove it, or name another --output"
                         raise BadInput(f"{path}: answers made with another {', '.join(changed)}; {ways}")
@@ -371,7 +372,7 @@ def answer_files(folder: str) -> list[str]:
 
 def settings(config: Config, prompt: str, digest: str) -> dict:
     """What makes two results comparable."""
-    same = ("decoding", "silence", "max_new_tokens", "limit", "seed")
+    same = ("audio_dir", "decoding", "silence", "max_new_tokens", "limit", "seed")
     return {"prompt": prompt, **{name: getattr(config, name) for name in same}, "data_sha256": digest}
 
 
@@ -390,8 +391,15 @@ def evaluate_checkpoints(config: Config, accelerator, examples: list[Example], d
 
     curve = read_curve()
     for step, done in curve.items():
+        if not done:
+            continue
         wanted = settings(config, prompt_style(config, paths[step]), digest)
-        if other := [name for name in wanted if done and done.get(name) != wanted[name]]:
+        wanted |= {"model": paths[step]} if config.output else {}  # else they lie in the run, which may move
+        other = [name for name in wanted if done.get(name) != wanted[name]]
+        saved = max(map(os.path.getmtime, glob.glob(os.path.join(glob.escape(paths[step]), "*config.json"))))
+        if saved > os.path.getmtime(os.path.join(folders[step], "results.json")):
+            other.append("run, which was here before")
+        if other:
             raise BadInput(f"{folders[step]}: made with another {', '.join(other)}; name another --output")
     accelerator.wait_for_everyone()  # until all have seen what there is
     for step, done in curve.items():
@@ -461,6 +469,7 @@ def main() -> None:
         output, accelerator = config.output or "runs/eval", Accelerator(kwargs_handlers=[patience])
         if accelerator.is_main_process:
             warn_of_a_gpu_not_found()
+            warn_of_clips_by_name(examples)
         if config.checkpoints:
             evaluate_checkpoints(config, accelerator, examples, digest)
         elif os.path.exists(target := os.path.join(output, "predictions.json")) and not answer_files(output):

@@ -11,7 +11,7 @@ import torch
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from data import PROMPTS, BadInput, printable
+from data import PROMPTS, BadInput, Example, printable
 from model import DEFAULT_MODEL
 
 
@@ -37,6 +37,13 @@ def warn_of_a_gpu_not_found() -> None:
     if not torch.cuda.is_available() and os.path.exists("/proc/driver/nvidia/version") and not hidden:
         reason = "its driver may be too old" if torch.version.cuda else "this is a build of torch for CPUs"
         say(f"no GPU is used, though the machine has one: {reason}; torch {torch.__version__}")
+
+
+def warn_of_clips_by_name(examples: list[Example]) -> None:
+    """Say how many clips were found by their file name alone, for those may be others."""
+    if found := [example for example in examples if example.by_name]:
+        first = f"the first: {found[0].location}, as {found[0].audio}"
+        say(f"{len(found)} clips are not at their path and were found by their file name alone; {first}")
 
 
 def say(text: str = "") -> None:

@@ -70,12 +70,16 @@ def hub(name: str, *, output: str, split: str = "", limit: str = "0", video_to_a
                 if shown < 3:  # so that a person sees whether it is right
                     tqdm.write(printable(f"{location}: {dict(islice(item.items(), 4))}"))
                     shown += 1
-            log.write(json.dumps([is_good, item, state, call], default=without_bytes) + "\n")
+            answer = row.get("answer") if isinstance(row, dict) else None
+            log.write(json.dumps([is_good, item, answer, state, call], default=without_bytes) + "\n")
 
     def items(good):
         with open(progress) as log:
             yield from (item for is_good, item, *_ in map(json.loads, log) if is_good == good)
 
+    if are_from_one(progress):
+        os.remove(progress)
+        raise BadInput(f"{name}: its answers seem to be indices from 1; write them from 0, or as text")
     reasons = [item["reason"] for item in items(False)]
     first = f"; the first: {reasons[0]}" if reasons else ""
     if len(reasons) == total:
@@ -88,6 +92,14 @@ def hub(name: str, *, output: str, split: str = "", limit: str = "0", video_to_a
     say(f"{total} rows: {total - len(reasons)} in {target}, {len(reasons)} unusable")
     if reasons:
         say(f"these, each with its reason, in {left_out}{first}")
+
+
+def are_from_one(progress: str) -> bool:
+    """Whether answers seem to be indices from 1: none is 0, and some are past the options."""
+    with open(progress) as log:
+        given = [(answer, item) for _, item, answer, *_ in map(json.loads, log) if type(answer) is int]
+    past = any("is none of the options" in item.get("reason", "") for _, item in given)
+    return past and all(answer > 0 for answer, _ in given)
 
 
 def load_rows(name: str, split: str, done: int, state) -> Iterator[tuple[object, str, object]]:
@@ -224,6 +236,8 @@ def to_text(answer: object, choices: list[str]) -> str | None:
         # a text comes before a letter ("D" among notes); options with other letters leave open what "D" means
         has_letters = any(letter is not None and rest for letter, rest in map(split_letter, choices))
         position = None if meant or has_letters else position
+        if position is not None:  # "A" may mean the option "a"
+            meant = {text for text in texts if text.lower() == answer.strip().lower()}
     if type(position) is int and 0 <= position < len(texts) and rest in ("", texts[position]):
         meant.add(texts[position])
     if len(meant) != 1:
@@ -338,6 +352,8 @@ def check(file: str, *, model: str = "", audio_dir: str = "", decode: bool = Fal
         for e in examples
         if len(set(e.choices)) < len(e.choices)
     ]
+    by_name = [e for e in examples if e.by_name]
+    odd += [f"{e.location}: the clip is not at its path, and {e.audio} has its file name" for e in by_name]
     for problem in unusable:
         say(f"unusable: {problem}")
     for problem in odd:

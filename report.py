@@ -255,7 +255,8 @@ def readable(row: object, location: str, audio_dir: str) -> tuple[Example, bool 
 def evaluation_page(folders: list[str], audio_dir: str) -> str:
     """Accuracy and all questions of an evaluation, or the questions whose answers two of them differ in."""
     paths = [os.path.join(folder, "predictions.json") for folder in folders]
-    results = read_json(os.path.join(folders[-1], "results.json"))
+    every = [read_json(os.path.join(folder, "results.json")) for folder in folders]
+    results = every[-1]
     audio_dir = audio_dir or results.get("audio_dir") or os.path.dirname(results.get("data", ""))
     parts, items = [], []
     if len(folders) == 1:
@@ -291,7 +292,8 @@ def evaluation_page(folders: list[str], audio_dir: str) -> str:
             parts.append(("difference", f"{d:+.1%} ({low:+.1%} to {high:+.1%}), McNemar p {p:.2g}"))
         parts.append(("changed", f"{len(items)} of {len(first)} answers"))
     scored = table(*parts) if parts else "<p>There are no answers to compare with.</p>"
-    facts = [(name, value) for name, value in results.items() if isinstance(value, (str, int, float))]
+    names = [name for name, value in results.items() if isinstance(value, (str, int, float))]
+    facts = [(name, *(results.get(name, "") for results in every)) for name in names]
     scored = f"<h2>Accuracy</h2><p>With 95 % intervals.</p>{scored}"
     return page(
         " and ".join(folders), scored, list_items(items, folders[-1]), "<h2>Settings</h2>", table(*facts)
@@ -302,7 +304,7 @@ def list_items(items: list[tuple], folder: str) -> str:
     """Questions, and a form that filters them. items: an example, its kind, and pairs of a word and a row."""
     wrong_first = sorted(range(len(items)), key=lambda i: items[i][1] in ("right", "another answer"))
     kept = [items[i] for i in sorted(wrong_first[:MOST])]
-    count = f"{len(kept)} of {len(items)} are on this page; of more than {MOST}, right ones are left out."
+    count = f"{len(kept)} of {len(items)} are on this page; of more than {MOST}, wrong ones come first."
     data = [
         {"result": kind} | {key: str(e.row[key]) for key in GROUPS if key in e.row} for e, kind, _ in kept
     ]

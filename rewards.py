@@ -59,30 +59,35 @@ def words(text: str) -> set[str]:
 GROUPS = ("task", "difficulty", "sub-category", "modality")
 
 
-def judge(row: object, location: str, is_bad: bool = False) -> bool | None:
+def judge(row: object, location: str) -> bool | None:
     """Whether a row's prediction is right by MMAU's rule; None where there is no answer to compare with."""
-    if is_bad:  # a row that cannot be read is wrong
-        return False
     if not isinstance(row, dict):
         raise BadInput(f"{location}: not a JSON object")
-    choices, answer = row.get("choices", row.get("multi_choice")), row.get("answer")
+    if row.get("answer") is None or row["answer"] == "":
+        return None
+    if "unusable" in row:  # as evaluate.py marks what it could not read
+        return False
+    return mmau_match(prediction_of(row) or "", *answer_and_choices(row, location))
+
+
+def answer_and_choices(row: dict, location: str) -> tuple[str, list[str]]:
+    """The text of a row's answer, and its options."""
+    choices, answer = row.get("choices", row.get("multi_choice")), row["answer"]
     if not isinstance(choices, list):
         raise BadInput(f"{location}: no list of options (key 'choices')")
-    if answer is None or answer == "":
-        return None
     if "multi_choice" in row:  # AVQA's answers are indices
         if not isinstance(answer, int) or answer not in range(len(choices)):
-            raise BadInput(
-                f"{location}: answer must be an index from 0 to {len(choices) - 1}, not {answer!r}"
-            )
+            wanted = f"an index from 0 to {len(choices) - 1}"
+            raise BadInput(f"{location}: answer must be {wanted}, not {answer!r}")
         answer = choices[answer]
-    return mmau_match(prediction_of(row) or "", str(answer), [str(choice) for choice in choices])
+    return str(answer), [str(choice) for choice in choices]
 
 
 def prediction_of(row: dict) -> str | None:
-    """A row's prediction under either key of the benchmark's script; None where there is none."""
-    values = [row[key] for key in ("model_output", "model_prediction") if row.get(key) is not None]
-    return str(values[0]) if values else None
+    """A row's prediction under either key of the benchmark's script; None where there is none, or nan."""
+    values = [row.get(key) for key in ("model_output", "model_prediction")]
+    values = [str(value) for value in values if value is not None and value == value]
+    return next(filter(str.strip, values), "" if values else None)
 
 
 def tally(marks: list[bool]) -> dict:
@@ -103,13 +108,16 @@ def by_group(rows: list[dict], values: list) -> dict[str, dict[str, list]]:
 
 
 def score(located: list[tuple]) -> dict:
-    """Accuracy of rows (with what `judge` takes), overall and by group; one without a prediction is wrong."""
-    marks, rows = [judge(*row) for row in located], [row for row, *_ in located]
+    """Accuracy of rows with their locations, overall and by group; one without a prediction is wrong."""
+    marks, rows = [judge(*row) for row in located], [row for row, _ in located]
+    judged = [row for row, mark in zip(located, marks) if mark is not None and "unusable" not in row[0]]
+    answers = [answer_and_choices(*row) for row in judged]
     groups = by_group(rows, marks).items()
     return {
         **tally([mark for mark in marks if mark is not None]),
         "unanswered": marks.count(None),
         "missing": sum(prediction_of(row) is None for row in rows),
+        "odd_answers": sum(words(answer) not in map(words, choices) for answer, choices in answers),
         "by": {key: {name: tally(part) for name, part in group.items()} for key, group in groups},
     }
 

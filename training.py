@@ -28,7 +28,7 @@ from checkpoints import append_metrics, append_rows, is_saved, mean_over_process
 from checkpoints import save_checkpoint, save_final
 from data import LOCK, BadInput, Batch, Example, check_audio, load_examples, lock_folder
 from data import made_ahead, read_batch, select_rows
-from flags import TrainConfig, check_settings, warn_of_a_gpu_not_found
+from flags import TrainConfig, check_settings, warn_of_a_gpu_not_found, warn_of_clips_by_name
 from model import NotFinite, encode_audio, encoder_is_frozen, eos_tokens, sample, sampling_noise
 from policy import Policy, check_memory, load_frozen, load_policy, weights_hash
 
@@ -136,6 +136,8 @@ def load_questions(config: TrainConfig, accelerator: Accelerator):
     eval_examples, _ = load_examples(config.eval_data, config.audio_dir) if config.eval_data else ([], "")
     missing = check_audio(examples, config.skip_bad_audio)
     missing_eval = check_audio(eval_examples, config.skip_bad_audio)
+    if accelerator.is_main_process:
+        warn_of_clips_by_name([*examples, *eval_examples])
     if missing or missing_eval:
         parts = f"{missing} for training (the next row is used), {missing_eval} held out (counted as wrong)"
         accelerator.print(f"clips missing: {parts}")

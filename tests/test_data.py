@@ -95,10 +95,11 @@ def test_avqa_clips_are_found_under_every_known_name(tmp_path, name):
     assert example.audio == str(tmp_path / "clips" / name)
 
 
-def test_avqa_clips_may_begin_elsewhere(tmp_path):
-    (tmp_path / "x_y-z_110.wav").touch()
-    rows = write(tmp_path / "rows", [AVQA | {"video_name": "x_y-z_000110"}])
-    assert load_examples(rows, str(tmp_path))[0].audio == str(tmp_path / "x_y-z_110.wav")
+@pytest.mark.parametrize("start", [0, 110])
+def test_avqa_clips_may_begin_elsewhere(tmp_path, start):
+    (tmp_path / f"x_y-z_{start}.wav").touch()
+    rows = write(tmp_path / "rows", [AVQA | {"video_name": f"x_y-z_{start:06d}"}])
+    assert load_examples(rows, str(tmp_path))[0].audio == str(tmp_path / f"x_y-z_{start}.wav")
 
 
 def test_clips_are_found_in_the_folder_itself_too(tmp_path):
@@ -159,6 +160,15 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
     for path in (tmp_path / "nowhere", tmp_path, tmp_path / "rows"):
         with pytest.raises(BadInput, match="cannot be read as text"):
             load_examples(str(path))
+
+
+def test_a_clip_found_by_its_file_name_alone_is_marked(tmp_path):
+    for path in ("a.wav", "sub/b.wav"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).touch()
+    names = ["a.wav", "./sub/b.wav", "other/a.wav", str(tmp_path / "a.wav"), "/elsewhere/a.wav", "no/c.wav"]
+    examples = load_examples(write(tmp_path / "rows", [OWN | {"audio": name} for name in names]))
+    assert [example.by_name for example in examples] == [False, False, True, False, True, False]
 
 
 def test_missing_clips_are_counted(tmp_path):

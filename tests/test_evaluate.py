@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import random
 import re
 import shutil
@@ -353,6 +354,10 @@ ROW = {"choices": ["dog", "cat"], "answer": "dog"}
             True,
         ),  # not among the options: the rule does not ask
         ({"multi_choice": ["dog", "cat"], "answer": 1, "model_output": "cat"}, True),  # AVQA
+        (ROW | {"model_output": " ", "model_prediction": "dog"}, True),
+        (ROW | {"model_output": float("nan"), "model_prediction": "dog"}, True),
+        ({"answer": "dog", "choices": None, "model_output": "dog", "unusable": "no options"}, False),
+        ({"choices": None, "model_output": "dog", "unusable": "no options"}, None),
     ],
 )
 def test_odd_rows_are_judged(row, right):
@@ -367,6 +372,37 @@ def test_rows_without_a_prediction_are_wrong_and_counted(tmp_path, monkeypatch, 
     results = read(tmp_path, "p.results.json")
     assert (results["correct"], results["total"], results["missing"]) == (1, 3, 2)
     assert "2 rows have no prediction" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("answer, odd", [("B", 1), (1, 1), ("B. cat", 0), ("b cat", 0), ("cat", 1)])
+def test_answers_that_are_no_option_are_counted(tmp_path, monkeypatch, capsys, answer, odd):
+    """A letter or an index: by the rule hardly any prediction is right then."""
+    rows = [{"choices": ["A. dog", "B. cat"], "answer": answer, "model_output": "B. cat"}]
+    (tmp_path / "p.json").write_text(json.dumps(rows))
+    run_evaluate(monkeypatch, "--score", tmp_path / "p.json")
+    results = read(tmp_path, "p.results.json")
+    assert (results["odd_answers"], results["correct"]) == (odd, 1 - odd)
+    assert ("1 rows have an answer that is none of their options" in capsys.readouterr().out) == bool(odd)
+
+
+def test_predictions_for_rows_that_cannot_be_used_can_be_scored_again(folder, tmp_path, monkeypatch, flags):
+    rows = [json.loads(line) for line in open(folder / "test.jsonl")]
+    rows[2]["choices"], rows[3] = [], {"id": "no answer either"}
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    run_evaluate(monkeypatch, *flags, "--data", tmp_path / "rows.json", "--audio_dir", folder)
+    before = read(tmp_path, "eval", "results.json")
+    assert (before["total"], before["unanswered"], len(before["unreadable"])) == (11, 1, 2)
+    assert "no list of at least two options" in read(tmp_path, "eval", "predictions.json")[2]["unusable"]
+    run_evaluate(monkeypatch, "--score", tmp_path / "eval" / "predictions.json")
+    assert read(tmp_path, "eval", "results.json") == before
+
+
+def test_clips_found_by_their_file_name_alone_are_said(folder, tmp_path, monkeypatch, flags, capsys):
+    """The folder of the training clips, which have the same names."""
+    run_evaluate(monkeypatch, *flags, "--audio_dir", folder / "train")
+    out = capsys.readouterr().out
+    assert "12 clips are not at their path and were found by their file name alone" in out
+    assert f"test.jsonl:1, as {folder / 'train' / '0000.wav'}" in out
 
 
 def test_half_a_character_does_not_lose_the_results(tmp_path):
@@ -458,6 +494,19 @@ def test_every_checkpoint_not_yet_done_is_evaluated(folder, tmp_path, monkeypatc
     )
     with pytest.raises(BadInput, match="made with another max_new_tokens; name another --output"):
         run_evaluate(monkeypatch, *flags, "--max_new_tokens", 5)
+    os.utime(tmp_path / "run" / "checkpoint-5" / "config.json")  # trained anew
+    with pytest.raises(BadInput, match="checkpoint-5: made with another run, which was here before; name"):
+        run_evaluate(monkeypatch, *flags)
+
+
+def test_the_curve_of_one_run_is_not_that_of_another(folder, tmp_path, monkeypatch, flags):
+    for name in ("one", "two"):
+        shutil.copytree(folder / "model", tmp_path / name / "checkpoint-5")
+    flags = [*flags[2:4], "--max_new_tokens", 4, "--output", tmp_path / "curve"]
+    run_evaluate(monkeypatch, *flags, "--checkpoints", tmp_path / "one")
+    run_evaluate(monkeypatch, *flags, "--checkpoints", tmp_path / "one")
+    with pytest.raises(BadInput, match="checkpoint-5: made with another model; name another --output"):
+        run_evaluate(monkeypatch, *flags, "--checkpoints", tmp_path / "two")
 
 
 # ---------------------------------------------------------------- bad input

@@ -15,7 +15,7 @@ import pytest
 import soundfile
 import torch
 from conftest import ROOT, as_flags, assert_same_run, config, inputs_of, launch, load_examples, metrics
-from conftest import run_script, training_code
+from conftest import run_script, training_code, write
 from safetensors.torch import load_file, save_file
 
 import data
@@ -49,19 +49,27 @@ def change_json(name, **values):
 
 
 def fill_with_nan(weights):
-    weights[LAYER][3, 4] = torch.nan
+    weights[layer_of(weights)][3, 4] = torch.nan
 
 
-# as the file calls it, and as the model does
-LAYER = "language_model.model.layers.1.mlp.up_proj.weight"
+def layer_of(weights):
+    """A layer as the file calls it, which transformers may call otherwise."""
+    (name,) = [name for name in weights if name.endswith("layers.1.mlp.up_proj.weight")]
+    return name
+
+
+def shorten(weights):
+    weights[layer_of(weights)] = weights[layer_of(weights)][:10].clone()
+
+
 LOADED = "model.language_model.layers.1.mlp.up_proj.weight"
 BAD_MODELS = {
-    "a layer is missing": (change_weights(lambda w: w.pop(LAYER)), f"1 missing keys, first {LOADED}"),
+    "a layer is missing": (change_weights(lambda w: w.pop(layer_of(w))), f"1 missing keys, first {LOADED}"),
     "a weight too many": (
         change_weights(lambda w: w.update(more=torch.ones(1))),
         "1 unexpected keys, first more",
     ),
-    "another shape": (change_weights(lambda w: w.update({LAYER: w[LAYER][:10].clone()})), "cannot load"),
+    "another shape": (change_weights(shorten), "cannot load"),
     "not a number": (
         change_weights(fill_with_nan),
         f"{LOADED} has values that are not finite",
@@ -477,7 +485,7 @@ def test_questions_that_disappear_do_not_stop_a_save(folder, tmp_path, monkeypat
 def test_the_base_counts_too(folder, tmp_path, flags):
     shutil.copytree(folder / "model", tmp_path / "model")
     run, flags = unfinished(folder, tmp_path, "train_grpo", model=str(tmp_path / "model"), **flags)
-    change_weights(lambda weights: weights[LAYER].mul_(1.01))(tmp_path / "model")
+    change_weights(lambda weights: weights[layer_of(weights)].mul_(1.01))(tmp_path / "model")
     with pytest.raises(BadInput, match="has not the weights that the run was started from"):
         run_script("train_grpo", folder, run, **flags)
 
@@ -594,13 +602,27 @@ def test_an_evaluation_goes_on_where_it_was_interrupted(tmp_path, evaluation):
     assert sorted(os.listdir(tmp_path / "run")) == [".lock", "predictions.json", "results.json"]
 
 
-def test_answers_of_another_evaluation_are_not_mixed_in(tmp_path, evaluation):
+@pytest.mark.parametrize("flags", [("--max_new_tokens", 5), ("--audio_dir", "elsewhere")], ids=str)
+def test_answers_of_another_evaluation_are_not_mixed_in(tmp_path, evaluation, folder, monkeypatch, flags):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder / "test", "elsewhere/test")
     with pytest.raises(KeyboardInterrupt):
         evaluation("run", stop_at=3)
-    with pytest.raises(
-        BadInput, match="answers made with another max_new_tokens; remove it, or name another"
-    ):
-        evaluation("run", "--max_new_tokens", 5)
+    name = flags[0].removeprefix("--")
+    with pytest.raises(BadInput, match=f"answers made with another {name}; remove it, or name another"):
+        evaluation("run", *flags)
+
+
+def test_a_clip_that_is_there_again_is_answered(tmp_path, evaluation, folder):
+    rows = [json.loads(line) for line in open(folder / "test.jsonl")]
+    shutil.copytree(folder / "test", tmp_path / "test")
+    write(tmp_path / "test.jsonl", rows)
+    (clip := tmp_path / "test" / "0001.wav").rename(tmp_path / "away.wav")
+    with pytest.raises(KeyboardInterrupt):
+        evaluation("run", "--data", tmp_path / "test.jsonl", stop_at=3)
+    (tmp_path / "away.wav").rename(clip)
+    assert evaluation("run", "--data", tmp_path / "test.jsonl") == 3  # the batch of that clip, and two more
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["unreadable"] == []
 
 
 def test_sampled_answers_are_those_of_an_evaluation_that_never_stopped(tmp_path, evaluation):

@@ -307,6 +307,8 @@ def test_a_converted_file_trains_and_evaluates(folder, tmp_path, monkeypatch, se
         (["A. dog", "B. cat"], "B. dog", "answer 'B. dog' is none of the options"),
         (["A. B", "B. A"], "B", "answer 'B' could be any of \\['A', 'B'\\]"),
         (["2", "3", "4"], 1, (["2", "3", "4"], "3")),
+        (["e", "a"], "A", "answer 'A' could be any of \\['a', 'e'\\]"),
+        (["e", "a"], "a", (["e", "a"], "a")),
         (["2", "3", "4"], 2, "answer 2 could be any of \\['2', '4'\\]"),
         (["dog", "cat"], 2, "answer 2 is none of the options"),
         (["dog", "cat"], -1, "answer -1 is none of the options"),
@@ -334,6 +336,27 @@ def test_options_and_answers(choices, answer, expected):
     else:
         own = prepare_data.to_own_format(row, False)
         assert (own["choices"], own["answer"]) == expected and own["question"] == "Which?"
+
+
+@pytest.mark.parametrize("answers, refused", [([1, 2, 3], True), ([1, 2, 2], False), ([0, 2, 3], False)])
+def test_indices_from_one_are_refused(tmp_path, serve, answers, refused):
+    serve(
+        {
+            "train": StandIn(
+                [{"audio": cell(WAV)} | asked("?", ["a dog", "a cat", "a cow"], n) for n in answers]
+            )
+        }
+    )
+    if refused:
+        with pytest.raises(
+            BadInput, match="some/name: its answers seem to be indices from 1; write them from 0"
+        ):
+            convert("some/name", tmp_path / "out")
+        assert not list((tmp_path / "out").glob("*.jsonl"))
+    else:
+        names = ["a dog", "a cat", "a cow"]
+        converted = convert("some/name", tmp_path / "out")
+        assert [row["answer"] for row in converted] == [names[n] for n in answers if n < 3]
 
 
 @pytest.mark.parametrize(

@@ -281,6 +281,7 @@ def test_of_two_evaluations_what_changed(folder, tmp_path, show):
     d, low, high, p = paired_difference([(i > 2, i not in (2, 3)) for i in range(12)])
     assert f"difference{d:+.1%} ({low:+.1%} to {high:+.1%}), McNemar p {p:.2g}" in page.text
     assert "first, wrong: <no>" in page.text and "second, wrong: <nope>" in page.text
+    assert "correct910" in page.text  # the settings of both, side by side
     (second / "predictions.json").write_text(
         json.dumps(json.loads((second / "predictions.json").read_text())[1:])
     )
