@@ -223,8 +223,11 @@ def question_text(example: Example, prompt: str) -> str:
 
 
 def check_prompt(processor, example: Example, prompt: str) -> None:
-    """Raise BadInput for a question that is too long."""
-    tokens = len(processor.tokenizer(question_text(example, prompt))["input_ids"])
+    """Raise BadInput for a question that is too long, or has a placeholder of audio in it."""
+    text = question_text(example, prompt)
+    if processor.audio_token in text:
+        raise BadInput(f"the text holds the special token {processor.audio_token}")
+    tokens = len(processor.tokenizer(text)["input_ids"])
     if tokens > MOST_TOKENS:
         raise BadInput(f"the question has {tokens} tokens, and {MOST_TOKENS} are the most")
 

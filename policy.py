@@ -11,19 +11,27 @@ from data import BadInput
 from model import base_of_adapter, load_model, shared_prompt_logps
 
 
-def frozen_dtype(module: nn.Module, accelerator: Accelerator) -> torch.dtype:
-    """The dtype of a frozen layer: with --mixed_precision bf16, bf16 for matrices, as autocast; else fp32."""
-    own = module.parameters(recurse=False)
-    is_matrix = isinstance(module, nn.Linear) or any(p.ndim > 2 for p in own)  # convolutions, stacked experts
-    return torch.bfloat16 if is_matrix and accelerator.mixed_precision == "bf16" else torch.float32
+def frozen_dtypes(model: nn.Module, accelerator: Accelerator) -> dict[nn.Parameter, torch.dtype]:
+    """The dtype of each frozen weight: under bf16 that is bf16 for matrices, as in autocast; else fp32."""
+    dtypes = {}
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        is_matrix = isinstance(module, nn.Linear) or any(
+            p.ndim > 2 for p in own
+        )  # also convolutions, experts
+        dtype = torch.bfloat16 if is_matrix and accelerator.mixed_precision == "bf16" else torch.float32
+        for p in own:
+            dtypes.setdefault(
+                p, dtype
+            )  # a table that the LM head shares is the embeddings', which come first
+    return dtypes
 
 
 def load_frozen(config, accelerator: Accelerator):
     """A model that is not trained, and its processor."""
     model, processor = load_model(config.model)
-    for module in model.modules():
-        for p in module.parameters(recurse=False):
-            p.data = p.data.to(frozen_dtype(module, accelerator))
+    for p, dtype in frozen_dtypes(model, accelerator).items():
+        p.data = p.data.to(dtype)
     return model.eval().requires_grad_(False), processor
 
 
@@ -31,10 +39,8 @@ def load_policy(config, accelerator: Accelerator):
     """The model to train, its processor, and under LoRA peft's view of it (else None)."""
     if base_of_adapter(config.model):
         raise BadInput(f"{config.model}: holds LoRA adapters; merge them first (python checkpoints.py merge)")
-    adapters = None
     if config.lora_rank:
         model, processor = load_frozen(config, accelerator)
-        adapters = add_lora(model, config)
     else:
         model, processor = load_model(config.model, torch.float32)  # at lr 1e-6 bf16 weights lose the updates
         if config.freeze_audio_encoder:
@@ -43,9 +49,19 @@ def load_policy(config, accelerator: Accelerator):
             # sinusoids and what only speech output needs; pictures
             if name == "visual" or name.startswith("audio_tower.") and isinstance(module, nn.Embedding):
                 module.requires_grad_(False)
+    turn_off_dropout(model)
+    adapters = add_lora(model, config) if config.lora_rank else None
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model, processor, adapters
+
+
+def turn_off_dropout(model: nn.Module) -> None:
+    """A config may ask for it; the sampler has none, so another policy than its own would be scored."""
+    for module in model.modules():
+        for name in ("p", "dropout", "attention_dropout", "activation_dropout", "layerdrop"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 def add_lora(model, config):
@@ -62,6 +78,8 @@ def add_lora(model, config):
         layers = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
         if not (targets := [name for name in layers if re.fullmatch(pattern, name)]):
             raise ValueError("matches no linear layer")
+        if "lm_head" in targets:
+            raise ValueError("matches lm_head, whose adapters peft saves in a way that cannot be loaded")
         lora = LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_alpha,
@@ -104,12 +122,8 @@ def check_memory(accelerator: Accelerator, model, separate_reference: bool) -> N
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     memory_gb = {"weights": weights, "gradients": 4 * trained, "AdamW": 8 * trained}
     if separate_reference:
-        sizes = [
-            p.numel() * frozen_dtype(module, accelerator).itemsize
-            for module in model.modules()
-            for p in module.parameters(recurse=False)
-        ]
-        memory_gb["reference"] = sum(sizes)
+        dtypes = frozen_dtypes(model, accelerator).items()
+        memory_gb["reference"] = sum(p.numel() * dtype.itemsize for p, dtype in dtypes)
     shards = accelerator.num_processes if accelerator.is_fsdp2 else 1
     memory_gb = {name: size / shards / 1e9 for name, size in memory_gb.items()}
     parts = ", ".join(f"{name} {size:.2f}" for name, size in memory_gb.items())

@@ -4,7 +4,9 @@ import importlib
 import importlib.util
 import json
 import re
+import shutil
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,10 +22,11 @@ import evaluate
 import toy
 import train_grpo
 import train_sft
-from data import SAMPLE_RATE, BadInput, is_cut, load_audio, make_batch, select_rows, window
+from data import SAMPLE_RATE, BadInput, is_cut, load_audio, make_batch, read_clip
+from data import select_rows, window
 from model import FAMILIES, encode_audio, encoder_is_frozen, eos_tokens, load_model, load_processor
 from model import repeated_logps, sample, shared_prompt_logps
-from policy import Policy, load_policy
+from policy import Policy, load_frozen, load_policy
 
 LENGTHS = [[3, 7, 1], [2, 9, 4]]  # of completions, for two prompts
 
@@ -186,6 +189,56 @@ def test_what_is_trained_gets_a_gradient_and_a_frozen_encoder_runs_once(family, 
     )
     layers = Policy(model)._no_split_modules
     assert any("Encoder" in name for name in layers) and any("Decoder" in name for name in layers)
+
+
+def test_the_reference_is_the_policy_before_training(family, examples):
+    """In bf16 too, where what is frozen is stored in bf16 as far as autocast computes in it."""
+    if family.name == "qwen3_omni_moe":
+        pytest.skip("autocast leaves its experts in fp32; of its size only FSDP2 trains all weights")
+    accelerator = SimpleNamespace(mixed_precision="bf16")
+    settings = config("train_grpo", family.folder, "")
+    policy, processor, _ = load_policy(settings, accelerator)
+    reference, _ = load_frozen(settings, accelerator)
+    inputs = inputs_of(processor, examples[4:6])
+    ids, mask = random_completions(LENGTHS)
+    with torch.autocast("cpu", torch.bfloat16):
+        one, two = (shared_prompt_logps(model, inputs, ids, mask, 1.0) for model in (policy, reference))
+    assert torch.equal(one, two)
+
+
+def test_the_policy_that_is_scored_is_the_one_that_samples(family, examples, tmp_path):
+    """Whatever dropout the model's config asks for."""
+
+    def drop(settings):
+        for name, value in settings.items():
+            if isinstance(value, dict):
+                drop(value)
+            elif str(name).endswith(("dropout", "layerdrop")):
+                settings[name] = 0.5
+                changed.append(name)
+
+    changed, (model, processor) = [], load(family)
+    settings = model.config.to_dict()
+    drop(settings)
+    shutil.copytree(family.folder / "model", tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(settings))
+    inputs = inputs_of(processor, examples[4:6])
+    ids, mask = random_completions(LENGTHS)
+    with torch.no_grad():
+        expected = shared_prompt_logps(model, inputs, ids, mask, 1.0)
+        dropping, _ = load_model(str(tmp_path / "model"))
+        assert not torch.equal(shared_prompt_logps(dropping.train(), inputs, ids, mask, 1.0), expected)
+        flags = config("train_grpo", tmp_path, "")
+        policy, _, _ = load_policy(flags, SimpleNamespace(mixed_precision="no"))
+        assert torch.equal(shared_prompt_logps(policy.train(), inputs, ids, mask, 1.0), expected)
+    assert changed
+
+
+def test_a_question_with_the_placeholder_in_it_is_refused(family, examples):
+    processor = load_processor(str(family.folder / "model"))
+    example = replace(examples[0], question=f"What is {processor.audio_token}?")
+    with pytest.raises(BadInput, match="jsonl:1: the text holds the special token "):
+        read_clip(processor, example, "answer")
 
 
 @pytest.mark.parametrize("flags", [{}, {"lora_rank": 2, "lora_target": "all"}], ids=["full", "lora"])

@@ -24,7 +24,7 @@ from model import (
     eos_tokens,
 )
 from model import load_model, repeated_logps, sample, shared_prompt_logps
-from policy import Policy, check_memory, frozen_dtype, load_frozen
+from policy import Policy, check_memory, frozen_dtypes, load_frozen
 
 GROUPS = {
     "unequal lengths": [[3, 7, 1, 5]],
@@ -425,8 +425,5 @@ def test_without_a_gpu_nothing_is_refused():
 def test_the_reference_is_as_large_as_is_said(folder, toy_model, mixed_precision):
     accelerator = SimpleNamespace(**ONE | dict(mixed_precision=mixed_precision))
     reference, _ = load_frozen(SimpleNamespace(model=str(folder / "model")), accelerator)
-    layers = [layer for layer in toy_model[0].modules() if not list(layer.children())]
-    said = sum(
-        p.numel() * frozen_dtype(layer, accelerator).itemsize for layer in layers for p in layer.parameters()
-    )
+    said = sum(p.numel() * dtype.itemsize for p, dtype in frozen_dtypes(toy_model[0], accelerator).items())
     assert said == sum(p.numel() * p.element_size() for p in reference.parameters())

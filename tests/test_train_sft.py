@@ -215,6 +215,7 @@ BAD = {
     "negative rank": (dict(lora_rank=-1), "--lora_rank must be at least 0"),
     "dropout": (dict(lora_rank=2, lora_dropout=1.5), "--lora_dropout must be from 0 to below 1, not 1.5"),
     "target matches nothing": (dict(lora_rank=2, lora_target="nothing"), "--lora_target nothing: "),
+    "target is the head": (dict(lora_rank=2, lora_target=".*"), "--lora_target [.][*]: matches lm_head"),
     "target is no expression": (dict(lora_rank=2, lora_target="("), "--lora_target [(]: "),
     "frozen and not": (
         dict(lora_rank=2, lora_target="all", freeze_audio_encoder=True),
