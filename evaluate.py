@@ -430,7 +430,7 @@ def ask(config: Config) -> None:
     """One question about one's own clip, answered on the terminal."""
     row = {"audio": config.ask, "question": config.question, "choices": config.choices}
     with blame("--ask"):
-        example = to_example(row, "--ask", "")
+        example = replace(to_example(row, "--ask", ""), audio=config.ask)
         load_audio(example.audio)  # before the model is loaded
     prompt = prompt_style(config, config.model)
     model, processor = load_model(config.model)

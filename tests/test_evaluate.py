@@ -231,6 +231,10 @@ def test_one_question_about_ones_own_clip(folder, monkeypatch, capsys, toy_model
     run_evaluate(monkeypatch, "--model", folder / "model", "--max_new_tokens", 4, *asked)
     (prediction,) = answers_of(*toy_model, [example])
     assert capsys.readouterr().out == prediction.completion + "\n"
+    monkeypatch.chdir(folder / "test")  # where the same name stands for another clip
+    asked[1] = "elsewhere/0000.wav"
+    with pytest.raises(BadInput, match="elsewhere/0000.wav: no such audio file"):
+        run_evaluate(monkeypatch, "--model", folder / "model", *asked)
 
 
 # ---------------------------------------------------------------- scoring
