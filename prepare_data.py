@@ -15,13 +15,12 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 from tqdm import tqdm
 
-from data import BadInput, Example, blame, check_answer, check_prompt, load_audio, lock_folder, open_audio
+from data import BadInput, blame, check_answer, check_prompt, load_audio, lock_folder, open_audio
 from data import printable, read_rows, to_example, write_rows, write_whole
 from flags import run_command, say
 from model import load_processor
@@ -249,38 +248,32 @@ def to_text(answer: object, choices: list[str]) -> str | None:
 # ---------------------------------------------------------------- from AVQA and its clips
 
 
-@dataclass
-class Finding:
-    """One row and what is known of it."""
+def examine(path: str, audio_dir: str, decode: bool = False, processor=None) -> Iterator[tuple]:
+    """Every row of a file, its Example, its clip's (seconds, Hz, channels), and why it cannot be used or "".
 
-    row: object
-    example: Example | None = None  # None: the row itself cannot be read
-    sound: tuple[float, int, int] | None = None  # seconds, Hz, channels
-    problem: str = ""  # why it cannot be used, with file and row
-
-
-def examine(path: str, audio_dir: str, decode: bool = False, processor=None) -> Iterator[Finding]:
-    """Every row of a file with its clip: the header, or with `decode` all of it. A bad row raises nothing."""
+    Example and clip are None where they cannot be read. decode: read the whole clip, not its header only.
+    """
     if audio_dir and not os.path.isdir(audio_dir):
         raise BadInput(f"--audio_dir {audio_dir}: no such folder")
     folder = audio_dir or os.path.dirname(path)
 
     def look(item):
-        finding = Finding(item[0])
+        row, location = item
+        example, sound, problem = None, None, ""
         try:
-            with blame(item[1]):
-                finding.example = to_example(*item, folder)
-                if finding.example.answer is not None:
-                    check_answer(finding.example)
+            with blame(location):
+                example = to_example(row, location, folder)
+                if example.answer is not None:
+                    check_answer(example)
                 if processor:
-                    check_prompt(processor, finding.example, "think")  # the longest
-                with open_audio(finding.example.audio) as file:
-                    finding.sound = file.frames / file.samplerate, file.samplerate, file.channels
+                    check_prompt(processor, example, "think")  # the longest
+                with open_audio(example.audio) as file:
+                    sound = file.frames / file.samplerate, file.samplerate, file.channels
                 if decode:
-                    load_audio(finding.example.audio)
+                    load_audio(example.audio)
         except BadInput as error:
-            finding.problem = str(error)
-        return finding
+            problem = str(error)
+        return row, example, sound, problem
 
     rows, _ = read_rows(path)
     with ThreadPoolExecutor() as pool:  # most of the time is waiting for the disk
@@ -298,24 +291,17 @@ def avqa(questions: str, *, audio_dir: str, output: str) -> None:
         if os.path.exists(path):
             raise BadInput(f"{path}: already there; remove it or name another --output")
     kept, lost, missing, base = [], [], 0, os.path.dirname(output) or "."
-    for finding in examine(questions, audio_dir):
-        example = finding.example
-        if not finding.problem and example.answer is None:
-            finding.problem = f"{example.location}: has no answer"
-        if finding.problem:
+    for row, example, _, problem in examine(questions, audio_dir):
+        if not problem and example.answer is None:
+            problem = f"{example.location}: has no answer"
+        if problem:
             missing += example is not None and not os.path.isfile(example.audio)
-            lost.append({"reason": finding.problem, "row": finding.row})
+            lost.append({"reason": problem, "row": row})
             continue
-        row = {"audio": os.path.relpath(example.audio, base), "question": example.question}
-        row |= {"choices": example.choices, "answer": example.answer}
-        kept.append(
-            row
-            | {
-                key: example.row[key]
-                for key in ("id", "question_relation", "question_type")
-                if key in example.row
-            }
-        )
+        own = {"audio": os.path.relpath(example.audio, base), "question": example.question}
+        own |= {"choices": example.choices, "answer": example.answer}
+        others = ("id", "question_relation", "question_type")
+        kept.append(own | {key: row[key] for key in others if key in row})
     if not kept:
         raise BadInput(f"{questions}: none of {len(lost)} rows can be used; the first: {lost[0]['reason']}")
     if lost:
@@ -337,9 +323,9 @@ def check(file: str, *, model: str = "", audio_dir: str = "", decode: bool = Fal
     """
     processor = load_processor(model) if model else None
     findings = list(examine(file, audio_dir, decode, processor))
-    examples = [finding.example for finding in findings if finding.example]
-    sounds = [finding.sound for finding in findings if finding.sound]
-    unusable = [finding.problem for finding in findings if finding.problem]
+    examples = [example for _, example, _, _ in findings if example]
+    sounds = [sound for _, _, sound, _ in findings if sound]
+    unusable = [problem for *_, problem in findings if problem]
     names = [example.row.get("id") for example in examples]
     times = Counter(str(name) for name in names if name is not None)
     odd = [
