@@ -37,9 +37,8 @@ def hub(name: str, *, output: str, split: str = "", limit: str = "0", video_to_a
     cannot be used go to questions.left_out.jsonl, each with its reason. limit: read the first so many rows;
     0: all. video_to_audio: questions say "audio" for "video", as R1-AQA's. An interrupted call goes on.
     """
-    target, left_out, progress = (
-        os.path.join(output, f"{part}.jsonl") for part in ("questions", "questions.left_out", "progress")
-    )
+    files = ("questions.jsonl", "questions.left_out.jsonl", "progress.jsonl")
+    target, left_out, progress = (os.path.join(output, file) for file in files)
     if not limit.isdecimal():
         raise BadInput(f"--limit must be a whole number, not {limit}")
     if os.path.exists(target):
@@ -201,10 +200,9 @@ def to_own_format(row: object, video_to_audio: bool) -> dict:
             question, choices = parts[0], lines
     if video_to_audio and isinstance(question, str):
         question = question.replace("video", "audio")
-    own = {"question": question, "choices": choices}
-    choices = to_example(own | {"audio": "clip"}, "", "").choices
-    own = {"question": question, "choices": without_letters(choices) or choices}
-    own["answer"] = to_text(row.get("answer"), choices)
+    choices = to_example({"audio": "clip", "question": question, "choices": choices}, "", "").choices
+    answer = to_text(row.get("answer"), choices)
+    own = {"question": question, "choices": without_letters(choices) or choices, "answer": answer}
     used = question_key, choices_key, "question_text", "multi_choice", "answer", "audio"
     return own | {key: value for key, value in row.items() if key not in used and not cells(value)}
 
@@ -326,20 +324,14 @@ def check(file: str, *, model: str = "", audio_dir: str = "", decode: bool = Fal
     examples = [example for _, example, _, _ in findings if example]
     sounds = [sound for _, _, sound, _ in findings if sound]
     unusable = [problem for *_, problem in findings if problem]
-    names = [example.row.get("id") for example in examples]
-    times = Counter(str(name) for name in names if name is not None)
-    odd = [
-        f"{e.location}: id {name} is there {times[str(name)]} times"
-        for e, name in zip(examples, names)
-        if times[str(name)] > 1
-    ]
-    odd += [
-        f"{e.location}: an option stands twice in {e.choices}"
-        for e in examples
-        if len(set(e.choices)) < len(e.choices)
-    ]
-    by_name = [e for e in examples if e.by_name]
-    odd += [f"{e.location}: the clip is not at its path, and {e.audio} has its file name" for e in by_name]
+    times, odd = Counter(str(e.row["id"]) for e in examples if e.row.get("id") is not None), []
+    for e in examples:
+        if (name := e.row.get("id")) is not None and times[str(name)] > 1:
+            odd.append(f"{e.location}: id {name} is there {times[str(name)]} times")
+        if len(set(e.choices)) < len(e.choices):
+            odd.append(f"{e.location}: an option stands twice in {e.choices}")
+        if e.by_name:
+            odd.append(f"{e.location}: the clip is not at its path, and {e.audio} has its file name")
     for problem in unusable:
         say(f"unusable: {problem}")
     for problem in odd:
@@ -381,14 +373,11 @@ def filter(file: str, *, predictions: str, output: str, drop: str = "right") -> 
         raise BadInput(f"{predictions}: has {len(answers)} rows, and {file} only {len(rows)}")
     kept, marks = [], Counter({None: len(rows) - len(answers)})
     old = {"model_output", "model_prediction", "completion"}  # where the rows are predictions themselves
-    for (row, location), (answer, answer_location) in zip(rows, answers):
-        mark = judge(answer, answer_location)
-        if not isinstance(row, dict) or any(
-            json.dumps(answer.get(key)) != json.dumps(row[key]) for key in row.keys() - old
-        ):
-            raise BadInput(
-                f"{answer_location}: is not about {location}; were the predictions made from this file?"
-            )
+    for (row, location), (answer, where) in zip(rows, answers):
+        mark = judge(answer, where)
+        asked = {key: row[key] for key in row if key not in old} if isinstance(row, dict) else None
+        if asked is None or json.dumps(asked) != json.dumps({key: answer.get(key) for key in asked}):
+            raise BadInput(f"{where}: is not about {location}; were the predictions made from this file?")
         mark = None if prediction_of(answer) is None else mark
         marks[mark] += 1
         if mark == (drop == "wrong"):
