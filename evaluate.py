@@ -44,9 +44,7 @@ class Config:
     data: str = HfArg(default="", help="questions: MMAU, MMAR, or any file that training takes")
     audio_dir: str = HfArg(default="", help="folder of the clips; empty: beside the questions")
     output: str = HfArg(default="", help="folder for the results; empty: runs/eval, or eval in --checkpoints")
-    prompt: str = HfArg(
-        default="", help="plain, answer or think; empty: as the model was trained, else answer"
-    )
+    prompt: str = HfArg(default="", help="plain, answer or think; empty: the model's own, else answer")
     decoding: str = HfArg(default="greedy", help="greedy; or model: sample as generation_config.json says")
     silence: bool = HfArg(default=False, help="replace every clip by silence: what the text alone gives away")
     batch_size: int = HfArg(default=16, help="questions answered together")
@@ -101,9 +99,7 @@ def prepare(processor, batch: list[Example], prompt: str, silence: bool = False)
     return Asked(make_batch(processor, asked, waves, prompt), cut, errors, [e.location for e in batch])
 
 
-def predict(
-    model, processor, asked: Asked, max_new_tokens: int, decoding: str = "greedy"
-) -> list[Prediction]:
+def predict(model, processor, asked: Asked, max_new_tokens: int, decoding="greedy") -> list[Prediction]:
     """A prediction for each question of a batch; an empty one, with its error, where a row cannot be used."""
     inputs = {name: value.to(model.device) for name, value in asked.inputs.items()}
     eos_ids = eos_tokens(model, processor)
@@ -161,12 +157,10 @@ def prompt_style(config: Config, model: str) -> str:
 
 def read_json(path: str) -> dict:
     """What an earlier run left in a file; nothing where there is none."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    with suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
+        if isinstance(value := json.load(file), dict):
+            return value
+    return {}
 
 
 def write_json(path: str, value) -> None:
@@ -251,9 +245,8 @@ def read_marks(path: str) -> dict[str, tuple[dict, bool | None]]:
     for row, location in rows:
         mark, question = judge(row, location), json.dumps([row.get(key) for key in keys])
         if question in marks:
-            raise BadInput(
-                f"{location}: the same question as in a row before it, so answers cannot be paired"
-            )
+            problem = "the same question as in a row before it, so answers cannot be paired"
+            raise BadInput(f"{location}: {problem}")
         marks[question] = row, mark
     if missing := count_missing(path, rows):
         say(f"{path}: {missing} rows have no prediction and count as wrong")
