@@ -17,7 +17,7 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -414,6 +414,14 @@ def write_whole(path: str, content: str | bytes | Iterable[str]) -> None:
         os.replace(f"{path}.partial", path)
     except OSError as error:
         raise BadInput(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def read_log(path: str) -> Iterator:
+    """Values of a file to which lines of JSON are appended; a kill may have left half a line in it."""
+    with suppress(FileNotFoundError), open(path) as log:
+        for line in log:
+            with suppress(ValueError):
+                yield json.loads(line)
 
 
 def write_rows(path: str, rows: Iterable) -> None:

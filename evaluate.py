@@ -28,8 +28,8 @@ from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
 from data import PROMPTS, SAMPLE_RATE, BadInput, Example, blame, check_audio, decode, is_cut, load_audio
-from data import load_examples, lock_folder, made_ahead, make_batch, read_clip, read_rows, sha256, to_example
-from data import window, write_whole
+from data import load_examples, lock_folder, made_ahead, make_batch, read_clip, read_log, read_rows, sha256
+from data import to_example, window, write_whole
 from flags import check_at_least, parse, run_main, say, warn_of_a_gpu_not_found, warn_of_clips_by_name
 from model import DEFAULT_MODEL, LOADABLE, NotFinite, completion_mask, eos_tokens, load_model, sample
 from policy import weights_hash
@@ -345,17 +345,14 @@ def earlier_answers(folder: str, how: dict) -> dict[int, Prediction]:
     """Answers, by index of the question, of an evaluation that did not finish. Refuses those of another."""
     answered = {}
     for path in answer_files(folder):
-        with open(path) as file:
-            for line in file:
-                with suppress(ValueError):  # half a line
-                    value = json.loads(line)
-                    if isinstance(value, list):
-                        index, prediction = value[0], Prediction(*value[1:])
-                        if not prediction.error:  # else its clip may be there by now
-                            answered[index] = prediction
-                    elif changed := [name for name in how if value.get(name) != how[name]]:
-                        ways = "remove it, or name another --output"
-                        raise BadInput(f"{path}: answers made with another {', '.join(changed)}; {ways}")
+        for value in read_log(path):
+            if isinstance(value, list):
+                index, prediction = value[0], Prediction(*value[1:])
+                if not prediction.error:  # else its clip may be there by now
+                    answered[index] = prediction
+            elif changed := [name for name in how if value.get(name) != how[name]]:
+                ways = "remove it, or name another --output"
+                raise BadInput(f"{path}: answers made with another {', '.join(changed)}; {ways}")
     return answered
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data import BadInput, blame, check_answer, check_prompt, load_audio, lock_folder, open_audio
-from data import printable, read_rows, to_example, write_rows, write_whole
+from data import printable, read_log, read_rows, to_example, write_rows, write_whole
 from flags import run_command, say
 from model import load_processor
 from rewards import judge, prediction_of
@@ -45,11 +45,16 @@ def hub(name: str, *, output: str, split: str = "", limit: str = "0", video_to_a
         raise BadInput(f"{target}: already there; remove it or name another --output")
     lock = lock_folder(output)  # noqa: F841, held to the end
     os.makedirs(os.path.join(output, "clips"), exist_ok=True)
-    total, state = read_progress(progress, call := [name, split, limit, video_to_audio])
+    total, state, call = 0, None, [name, split, limit, video_to_audio]
+    for *_, before, made_by in read_log(progress):  # of an interrupted call
+        if made_by != call:
+            raise BadInput(f"{progress}: of a call with other flags; repeat that, or name another --output")
+        total, state = total + 1, before
     folder = name if os.path.isdir(name) else os.path.dirname(name) if os.path.isfile(name) else None
     most, shown = int(limit) or None, 0
     rows = islice(load_rows(name, split, total, state), most and most - total)
     with open(progress, "a") as log:
+        log.write("\n" if log.tell() else "")  # a kill may have left half a line
         for row, location, state in tqdm(rows, desc="rows", initial=total, total=most, disable=None):
             total, is_good = total + 1, True
             try:
@@ -72,8 +77,7 @@ def hub(name: str, *, output: str, split: str = "", limit: str = "0", video_to_a
             log.write(json.dumps([is_good, item, answer, state, call], default=without_bytes) + "\n")
 
     def items(good):
-        with open(progress) as log:
-            yield from (item for is_good, item, *_ in map(json.loads, log) if is_good == good)
+        return (item for is_good, item, *_ in read_log(progress) if is_good == good)
 
     if are_from_one(progress):
         os.remove(progress)
@@ -94,8 +98,7 @@ def hub(name: str, *, output: str, split: str = "", limit: str = "0", video_to_a
 
 def are_from_one(progress: str) -> bool:
     """Whether answers seem to be indices from 1: none is 0, and some are past the options."""
-    with open(progress) as log:
-        given = [(answer, item) for _, item, answer, *_ in map(json.loads, log) if type(answer) is int]
+    given = [(answer, item) for _, item, answer, *_ in read_log(progress) if type(answer) is int]
     past = any("is none of the options" in item.get("reason", "") for _, item in given)
     return past and all(answer > 0 for answer, _ in given)
 
@@ -129,22 +132,6 @@ def load_rows(name: str, split: str, done: int, state) -> Iterator[tuple[object,
             data.load_state_dict(state)
         for n, row in enumerate(data, done + 1):
             yield row, f"{name}: row {n}", data.state_dict()
-
-
-def read_progress(path: str, call: list) -> tuple[int, object]:
-    """How many rows an interrupted call with the same flags has read, and the loader's state after them."""
-    done, state, end = 0, None, 0
-    with open(path, "ab+") as file:
-        file.seek(0)
-        for line in file:
-            if not line.endswith(b"\n"):  # cut by a kill
-                break
-            *_, state, made_by = json.loads(line)
-            if made_by != call:
-                raise BadInput(f"{path}: of a call with other flags; repeat that, or name another --output")
-            done, end = done + 1, end + len(line)
-        file.truncate(end)
-    return done, state
 
 
 def cells(value: object) -> list[dict]:
