@@ -93,10 +93,9 @@ def page(title: str, *parts: str) -> str:
 
 def table(*rows: tuple) -> str:
     """Rows of text, each of which begins with its name."""
-    cells = [
-        (f'<th scope="row">{text(name)}</th>', *(f"<td>{text(c)}</td>" for c in row)) for name, *row in rows
-    ]
-    return f"<table>{''.join('<tr>' + ''.join(row) + '</tr>' for row in cells)}</table>"
+    names = [f'<th scope="row">{text(name)}</th>' for name, *_ in rows]
+    cells = ["".join(f"<td>{text(cell)}</td>" for cell in row) for _, *row in rows]
+    return f"<table>{''.join(f'<tr>{name}{row}</tr>' for name, row in zip(names, cells))}</table>"
 
 
 def question(audio: str, asked: str, choices: list, answer: str | None, folder: str, room: list[int]) -> str:
@@ -246,10 +245,9 @@ def readable(row: object, location: str, audio_dir: str) -> tuple[Example, bool 
             return to_example(row, location, audio_dir), mark
     except BadInput as error:
         row = row if isinstance(row, dict) else {}
-        choices = row.get("choices") if isinstance(row.get("choices"), list) else []
-        return Example(
-            "", str(row.get("question")), choices, row.get("answer"), row, location, str(error)
-        ), mark
+        asked, choices, answer = map(row.get, ("question", "choices", "answer"))
+        choices = choices if isinstance(choices, list) else []
+        return Example("", str(asked), choices, answer, row, location, str(error)), mark
 
 
 def evaluation_page(folders: list[str], audio_dir: str) -> str:
@@ -295,9 +293,8 @@ def evaluation_page(folders: list[str], audio_dir: str) -> str:
     names = [name for name, value in results.items() if isinstance(value, (str, int, float))]
     facts = [(name, *(results.get(name, "") for results in every)) for name in names]
     scored = f"<h2>Accuracy</h2><p>With 95 % intervals.</p>{scored}"
-    return page(
-        " and ".join(folders), scored, list_items(items, folders[-1]), "<h2>Settings</h2>", table(*facts)
-    )
+    listed = list_items(items, folders[-1])
+    return page(" and ".join(folders), scored, listed, "<h2>Settings</h2>", table(*facts))
 
 
 def list_items(items: list[tuple], folder: str) -> str:
@@ -306,7 +303,7 @@ def list_items(items: list[tuple], folder: str) -> str:
     kept = [items[i] for i in sorted(wrong_first[:MOST])]
     count = f"{len(kept)} of {len(items)} are on this page; of more than {MOST}, wrong ones come first."
     data = [
-        {"result": kind} | {key: str(e.row[key]) for key in GROUPS if key in e.row} for e, kind, _ in kept
+        {key: str(e.row[key]) for key in GROUPS if key in e.row} | {"result": kind} for e, kind, _ in kept
     ]
     parts, room = [f'<h2>Questions</h2><p>{count}</p><form hidden aria-label="filter">'], [ALL_CLIPS_BYTES]
     for name in ("result", *GROUPS):
@@ -314,9 +311,8 @@ def list_items(items: list[tuple], folder: str) -> str:
         listed = "".join(f"<option>{text(value)}</option>" for value in values)
         select = f'<select name="{name}"><option value="">all</option>{listed}</select>'
         parts.append(f"<label>{name} {select}</label>" if values else "")
-    parts.append(
-        '<label>text <input type="search" name="text"></label> <output name="count"></output></form>'
-    )
+    search = '<label>text <input type="search" name="text"></label>'
+    parts.append(f'{search} <output name="count"></output></form>')
     for (example, _, answers), values in zip(kept, data):
         attributes = " ".join(f'data-{name}="{text(value)}"' for name, value in values.items())
         asked = example.audio, example.question, example.choices, example.answer
