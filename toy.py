@@ -98,9 +98,8 @@ def voice(vowel: str, contour: str, rng) -> np.ndarray:
     x = np.linspace(0, 1, n)
     bends = {"rising": x, "falling": 1 - x, "rising then falling": 1 - abs(2 * x - 1), "flat": 0 * x + 0.5}
     pitch = rng.uniform(130, 160) * 2 ** (bends[contour] * rng.uniform(1.3, 1.6))
-    overtones = [
-        sum(1 / (1 + ((k * pitch.mean() - f) / 120) ** 2) for f in VOWELS[vowel]) + 0.02 for k in range(1, 20)
-    ]
+    distance = np.arange(1, 20)[:, None] * pitch.mean() - VOWELS[vowel]  # (19, 2), Hz
+    overtones = (1 / (1 + (distance / 120) ** 2)).sum(1) + 0.02
     overtones[0] += 2  # the pitch itself stays audible
     return tone(pitch, overtones) * envelope(n)
 
@@ -142,25 +141,21 @@ def make_question(kind: str, rng) -> tuple[dict, np.ndarray]:
     choices = [str(c) for c in rng.permutation(answers)[:4]]
     answer = choices[rng.integers(4)]
 
-    def other(kind):  # what the question is not about is drawn too
-        return str(rng.choice(KINDS[kind][2]))
+    def heard(part):  # what the question is not about is drawn too
+        return answer if part == kind else str(rng.choice(KINDS[part][2]))
 
     if kind == "source":
         clip = source(answer, SECONDS * SAMPLE_RATE, rng) * envelope(SECONDS * SAMPLE_RATE)
     elif kind == "count":
         clip = bursts(1 + answers.index(answer), rng)
     elif task == "music":
-        clip = melody(*(answer, other("instrument")) if kind == "melody" else (other("melody"), answer), rng)
+        clip = melody(heard("melody"), heard("instrument"), rng)
     else:
-        clip = voice(*(answer, other("intonation")) if kind == "vowel" else (other("vowel"), answer), rng)
+        clip = voice(heard("vowel"), heard("intonation"), rng)
     clip = clip / np.abs(clip).max() + 0.02 * rng.standard_normal(len(clip))
-    row = {
-        "question": str(rng.choice(ways)),
-        "choices": choices,
-        "answer": answer,
-        "thought": THOUGHTS[answer],
-    }
-    return row | {"task": task, "kind": kind}, clip * rng.uniform(0.2, 0.8)
+    row = {"question": str(rng.choice(ways)), "choices": choices, "answer": answer}
+    row |= {"thought": THOUGHTS[answer], "task": task, "kind": kind}
+    return row, clip * rng.uniform(0.2, 0.8)
 
 
 def make_data(folder: str, split: str, n: int, seed: int) -> None:
@@ -186,29 +181,25 @@ def make_processor(mels: int, seconds: int) -> Qwen2AudioProcessor:
     for _, ways, answers in KINDS.values():
         texts += [prompt.format(question=way, choices=answers) for way in ways for prompt in PROMPTS.values()]
         texts += [f"<answer>{answer}</answer>" for answer in answers]
-    tokenizer = Qwen2Tokenizer().train_new_from_iterator(
-        texts * 10, vocab_size=640, new_special_tokens=SPECIAL[1:]
-    )
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(texts * 10, 640, new_special_tokens=SPECIAL[1:])
     return Qwen2AudioProcessor(WhisperFeatureExtractor(feature_size=mels, chunk_length=seconds), tokenizer)
 
 
 def make_model(folder: str, seed: int) -> None:
     """A randomly initialised Qwen2-Audio of 1.0 M parameters with its processor, for `from_pretrained`."""
     processor = make_processor(mels=64, seconds=SECONDS)
-    tokenizer = processor.tokenizer
+    ids = processor.tokenizer.get_vocab()
     set_seed(seed)
-    ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(SPECIAL)))
     audio = Qwen2AudioEncoderConfig(
         num_mel_bins=64, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=384, d_model=128,
         max_source_positions=SECONDS * 50, initializer_range=0.12,
     )  # fmt: skip
     text = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=2,
+        vocab_size=len(ids), hidden_size=128, intermediate_size=384, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=1024, initializer_range=0.08,
     )  # fmt: skip
-    model = Qwen2AudioForConditionalGeneration(
-        Qwen2AudioConfig(audio_config=audio, text_config=text, audio_token_index=ids["<|AUDIO|>"])
-    )
+    config = Qwen2AudioConfig(audio_config=audio, text_config=text, audio_token_index=ids["<|AUDIO|>"])
+    model = Qwen2AudioForConditionalGeneration(config)
     # Whisper's sinusoids; a random encoder that cannot tell time would never learn what comes first
     angle = torch.arange(SECONDS * 50)[:, None] * torch.logspace(0, -4, audio.d_model // 2)
     model.model.audio_tower.embed_positions.weight.data = torch.cat([angle.sin(), angle.cos()], 1)
