@@ -179,17 +179,13 @@ def mean_over_processes(run, metrics: dict) -> dict:
     return {name: float(f"{value:.6g}") for name, value in zip(metrics, values)}
 
 
-def append_metrics(run, step: int) -> OSError | None:
-    """A line of metrics.jsonl, if there are metrics, and to the trackers; returns what went wrong."""
+def append_metrics(run, step: int) -> None:
+    """A line of metrics.jsonl, if there are metrics, and to the trackers."""
     metrics, run.metrics = run.metrics, {}
     if metrics:
         run.accelerator.log(metrics, step)
-    if metrics and run.accelerator.is_main_process:
-        try:
+        if run.accelerator.is_main_process:
             append_rows(run, "metrics.jsonl", [{"step": step, **metrics}])
-        except OSError as error:
-            return error
-    return None
 
 
 def append_rows(run, name: str, rows: list[dict]) -> None:

@@ -10,7 +10,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -193,20 +193,17 @@ def steps(run: Run, accuracy: Callable[[Run], float], groups=None) -> Iterator[t
     run.bar = tqdm(step_numbers, total=run.max_steps, initial=run.first_step, disable=silent)
     run.last_lap = now()
     for step in run.bar:
-        batch = problem = None
-        try:
+        with stop_together(run, step):
             if run.eval_examples and step % config.eval_every == 0:
                 run.metrics["eval_accuracy"] = accuracy(run)
                 lap(run, "eval")
             if groups and config.samples_every and step % config.samples_every == 0:
                 write_samples(run, step, groups)
             batch = next(data)
-        except (BadInput, OSError) as error:
-            problem = error
-        stop_together(run, step, problem)
         if step in config.skip_steps:
             run.accelerator.print(f"step {step}: skipped, as --skip_steps says")
-            stop_together(run, step, append_metrics(run, step))  # the held-out accuracy, if it was due
+            with stop_together(run, step):
+                append_metrics(run, step)  # the held-out accuracy, if it was due
             continue
         for group in run.optimizer.param_groups:
             group["lr"] = config.lr * (1 - step / run.max_steps)
@@ -214,17 +211,22 @@ def steps(run: Run, accuracy: Callable[[Run], float], groups=None) -> Iterator[t
         run.updates = 0
         lap(run, "other")
         yield step, batch
-        problem = append_metrics(run, step)
-        lap(run, "other")
-        stop_together(run, step + 1, problem)
+        with stop_together(run, step + 1):
+            append_metrics(run, step)
+            lap(run, "other")
         if (step + 1) % config.save_every == 0:
             save_checkpoint(run, step + 1)
             lap(run, "save")
 
 
-def stop_together(run: Run, done: int, problem: Exception | None) -> None:
-    """If any process has a problem or has caught a signal, save what `done` steps made and end them all."""
-    accelerator = run.accelerator
+@contextmanager
+def stop_together(run: Run, done: int) -> Iterator[None]:
+    """If a process has a problem inside or caught a signal, save what `done` steps made and end them all."""
+    accelerator, problem = run.accelerator, None
+    try:
+        yield
+    except (BadInput, OSError) as error:
+        problem = error
     reasons = torch.tensor([[run.interrupted.number, problem is not None]], device=accelerator.device)
     signal_number, any_problem = accelerator.gather(reasons).max(0).values.tolist()
     if not signal_number and not any_problem:
@@ -262,12 +264,8 @@ def followed_batch(run: Run) -> Batch:
 
 def generate(run: Run, batch: Batch, group_size: int, temperature: float):
     """draw_groups for a step: if a process has a problem, all of them stop."""
-    completions = problem = None
-    try:
+    with stop_together(run, batch.first // run.config.prompts_per_step):
         completions = draw_groups(run, batch, group_size, temperature)
-    except BadInput as error:
-        problem = error
-    stop_together(run, batch.first // run.config.prompts_per_step, problem)
     lap(run, "sample")
     return completions
 
@@ -339,7 +337,8 @@ def optimizer_step(run: Run, step: int, batch: Batch, losses: list[torch.Tensor]
     grad_norm = float(run.accelerator.clip_grad_norm_(run.policy.parameters(), 1.0))
     if problem := not_finite(run, step, batch, losses, grad_norm):
         if run.updates == 0:  # else the weights are those of no whole step, and are not saved
-            stop_together(run, step, problem)
+            with stop_together(run, step):
+                raise problem
         raise problem
     run.optimizer.step()
     # DDP's gradients are views of its buckets: set to None, they would be allocated a second time
@@ -378,17 +377,15 @@ def log(run: Run, metrics: dict, shown: tuple[str, ...]) -> None:
 
 def finish(run: Run, accuracy: Callable[[Run], float], groups=None) -> None:
     """Measure the final model, save it, end. accuracy, groups: as in `steps`."""
-    output, problem = run.config.output, None
-    try:
+    output = run.config.output
+    with stop_together(run, run.max_steps):
         if groups and run.config.samples_every:
             write_samples(run, run.max_steps, groups)
         after = accuracy(run) if run.eval_examples else None
-    except (BadInput, OSError) as error:
-        problem = error
-    stop_together(run, run.max_steps, problem)
     if run.eval_examples:
         run.metrics = mean_over_processes(run, {"eval_accuracy": after})
-        stop_together(run, run.max_steps, append_metrics(run, run.max_steps))
+        with stop_together(run, run.max_steps):
+            append_metrics(run, run.max_steps)
         measured = [line["eval_accuracy"] for line in read_metrics(output)[0] if "eval_accuracy" in line]
         before = f"{[*measured, after][0]:.1%} at first"
         run.accelerator.print(f"held-out accuracy: {before}, {after:.1%} after {run.max_steps} steps")
