@@ -184,15 +184,15 @@ def append_metrics(run, step: int) -> None:
     metrics, run.metrics = run.metrics, {}
     if metrics:
         run.accelerator.log(metrics, step)
-        if run.accelerator.is_main_process:
-            append_rows(run, "metrics.jsonl", [{"step": step, **metrics}])
+        append_rows(run, "metrics.jsonl", [{"step": step, **metrics}])
 
 
 def append_rows(run, name: str, rows: list[dict]) -> None:
-    """Append rows to a JSON Lines file of a run, written as write_rows does."""
-    path = os.path.join(run.config.output, name)
-    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
-        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    """Append rows, on every process the same, to a JSON Lines file of a run, written as write_rows does."""
+    if run.accelerator.is_main_process:
+        path = os.path.join(run.config.output, name)
+        with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def is_saved(run, step: int) -> bool:

@@ -198,7 +198,8 @@ def steps(run: Run, accuracy: Callable[[Run], float], groups=None) -> Iterator[t
                 run.metrics["eval_accuracy"] = accuracy(run)
                 lap(run, "eval")
             if groups and config.samples_every and step % config.samples_every == 0:
-                write_samples(run, step, groups)
+                append_rows(run, "samples.jsonl", groups(run, step))
+                lap(run, "follow")
             batch = next(data)
         if step in config.skip_steps:
             run.accelerator.print(f"step {step}: skipped, as --skip_steps says")
@@ -242,14 +243,6 @@ def stop_together(run: Run, done: int) -> Iterator[None]:
         end(run)  # with the others, who wait for each other there
         raise problem
     end(run, 1 if any_problem else 128 + signal_number)
-
-
-def write_samples(run: Run, step: int, groups: Callable[[Run, int], list[dict]]) -> None:
-    """Append to samples.jsonl."""
-    rows = groups(run, step)  # on every process the same
-    if run.accelerator.is_main_process:
-        append_rows(run, "samples.jsonl", rows)
-    lap(run, "follow")
 
 
 def followed_batch(run: Run) -> Batch:
@@ -380,7 +373,7 @@ def finish(run: Run, accuracy: Callable[[Run], float], groups=None) -> None:
     output = run.config.output
     with stop_together(run, run.max_steps):
         if groups and run.config.samples_every:
-            write_samples(run, run.max_steps, groups)
+            append_rows(run, "samples.jsonl", groups(run, run.max_steps))
         after = accuracy(run) if run.eval_examples else None
     if run.eval_examples:
         run.metrics = mean_over_processes(run, {"eval_accuracy": after})
