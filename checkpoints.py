@@ -7,7 +7,6 @@ A checkpoint is written under another name and renamed when it is whole. Its `st
 state is saved. The `run` of these functions is the Run of training.py.
 """
 
-import glob
 import json
 import os
 import re
@@ -15,6 +14,7 @@ import shutil
 import sys
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -26,9 +26,11 @@ from flags import run_command
 from model import LOADABLE, add_saved_adapters, base_of_adapter, check_finite_weights, load_model
 
 # flags that a resumed run may change: nothing computed before depends on them (data is known by its content)
-MAY_CHANGE = "output resume save_every keep_states merge log_with eval_data eval_every data audio_dir".split()
+MAY_CHANGE = (
+    "output resume save_every keep_states merge log_with eval_data eval_every eval_batch_size".split()
+)
 MAY_CHANGE += (
-    "skip_bad_audio micro_batch gradient_checkpointing eval_batch_size skip_steps samples_every".split()
+    "data audio_dir skip_bad_audio micro_batch gradient_checkpointing skip_steps samples_every".split()
 )
 
 # ---------------------------------------------------------------- saving
@@ -119,8 +121,8 @@ def save_final(run) -> None:
 
 def flush(folder: str) -> None:
     """Wait until every file below a folder is on the disk."""
-    for path in glob.glob(os.path.join(glob.escape(folder), "**"), recursive=True):
-        if os.path.isfile(path):
+    for path in Path(folder).rglob("*"):
+        if path.is_file():
             with suppress(FileNotFoundError), open(path, "rb+") as file:  # another process may rename it
                 os.fsync(file.fileno())
 
@@ -202,11 +204,8 @@ def is_saved(run, step: int) -> bool:
 
 def list_states(output: str) -> list[str]:
     """Checkpoints that a run can be resumed from, oldest first."""
-    found = glob.glob(os.path.join(glob.escape(output), "checkpoint-*", "state", "state.json"))
-    folders = [os.path.dirname(os.path.dirname(path)) for path in found]
-    return sorted(
-        (f for f in folders if re.search(r"-\d+$", f)), key=lambda folder: int(folder.rsplit("-", 1)[1])
-    )
+    folders = [str(path.parent.parent) for path in Path(output).glob("checkpoint-*/state/state.json")]
+    return sorted((f for f in folders if re.search(r"-\d+$", f)), key=lambda f: int(f.rsplit("-", 1)[1]))
 
 
 def resume(run) -> int:
@@ -227,7 +226,7 @@ def resume(run) -> int:
         accelerator.print(f"--resume: going on from {folders[-1]}")
         step = load_state(run, os.path.join(folders[-1], "state"))
     if accelerator.is_main_process:
-        for partial in glob.glob(os.path.join(glob.escape(output), "*.partial")):
+        for partial in Path(output).glob("*.partial"):
             shutil.rmtree(partial, ignore_errors=True)
         for name in ("metrics.jsonl", "samples.jsonl"):
             lines, damaged = read_metrics(output, name)
@@ -287,11 +286,9 @@ def check_same_run(run, folder: str, state: dict) -> None:
         raise BadInput(f"--resume: {run.config.data} is not the file that the run was started with")
     if state["base_hash"] != run.base_hash:
         raise BadInput(f"--resume: {run.config.model} has not the weights that the run was started from")
-    _, shards = shard_of(run.accelerator)
-    if state["shards"] != shards:
-        raise BadInput(
-            f"--resume: {folder} was saved in {state['shards']} shard(s), and this run has {shards}"
-        )
+    saved, (_, shards) = state["shards"], shard_of(run.accelerator)
+    if saved != shards:
+        raise BadInput(f"--resume: {folder} was saved in {saved} shard(s), and this run has {shards}")
 
 
 # ---------------------------------------------------------------- merging
