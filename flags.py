@@ -67,9 +67,7 @@ def run_command(description: str, *functions) -> None:
                 command.add_argument(f"--{name}", action="store_true")
             else:
                 needed = parameter.default is parameter.empty
-                command.add_argument(
-                    f"--{name}", required=needed, default=None if needed else parameter.default
-                )
+                command.add_argument(f"--{name}", required=needed, default=parameter.default)
     settings = vars(parser.parse_args())
     function = settings.pop("function")
     run_main(lambda: function(**settings))

@@ -16,14 +16,11 @@ def frozen_dtypes(model: nn.Module, accelerator: Accelerator) -> dict[nn.Paramet
     dtypes = {}
     for module in model.modules():
         own = list(module.parameters(recurse=False))
-        is_matrix = isinstance(module, nn.Linear) or any(
-            p.ndim > 2 for p in own
-        )  # also convolutions, experts
+        # also convolutions, experts
+        is_matrix = isinstance(module, nn.Linear) or any(p.ndim > 2 for p in own)
         dtype = torch.bfloat16 if is_matrix and accelerator.mixed_precision == "bf16" else torch.float32
-        for p in own:
-            dtypes.setdefault(
-                p, dtype
-            )  # a table that the LM head shares is the embeddings', which come first
+        for p in own:  # a table that the LM head shares is the embeddings', which come first
+            dtypes.setdefault(p, dtype)
     return dtypes
 
 
@@ -80,13 +77,8 @@ def add_lora(model, config):
             raise ValueError("matches no linear layer")
         if "lm_head" in targets:
             raise ValueError("matches lm_head, whose adapters peft saves in a way that cannot be loaded")
-        lora = LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=config.lora_dropout,
-            target_modules=targets,
-        )
-        return get_peft_model(model, lora)
+        scale = dict(r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout)
+        return get_peft_model(model, LoraConfig(**scale, target_modules=targets))
     except (ValueError, re.error) as error:
         raise BadInput(f"--lora_target {config.lora_target}: {str(error).splitlines()[0]}") from None
 
@@ -118,7 +110,7 @@ class Policy(nn.Module):
 
 def check_memory(accelerator: Accelerator, model, separate_reference: bool) -> None:
     """Say what each process will hold, in GB, without activations. Refuses more than its GPU has free."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = model.num_parameters(only_trainable=True)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     memory_gb = {"weights": weights, "gradients": 4 * trained, "AdamW": 8 * trained}
     if separate_reference:
@@ -127,12 +119,9 @@ def check_memory(accelerator: Accelerator, model, separate_reference: bool) -> N
     shards = accelerator.num_processes if accelerator.is_fsdp2 else 1
     memory_gb = {name: size / shards / 1e9 for name, size in memory_gb.items()}
     parts = ", ".join(f"{name} {size:.2f}" for name, size in memory_gb.items())
-    parameters = sum(p.numel() for p in model.parameters())
-    accelerator.print(
-        f"{parameters / 1e6:,.1f} M parameters, {trained / 1e6:,.1f} M trained, "
-        f"{'sharded over' if shards > 1 else 'on each of'} {accelerator.num_processes} process(es); "
-        f"GB on each, without activations: {parts}"
-    )
+    counts = f"{model.num_parameters() / 1e6:,.1f} M parameters, {trained / 1e6:,.1f} M trained"
+    where = f"{'sharded over' if shards > 1 else 'on each of'} {accelerator.num_processes} process(es)"
+    accelerator.print(f"{counts}, {where}; GB on each, without activations: {parts}")
     needed, free = sum(memory_gb.values()), free_memory_gb(accelerator.device)
     if needed > free:
         ways = "--lora_rank 16, or --config_file fsdp.yaml on more GPUs"
