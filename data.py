@@ -14,11 +14,11 @@ import io
 import json
 import os
 import re
-from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import soundfile
@@ -116,8 +116,7 @@ def read_rows(path: str) -> tuple[list[tuple[object, str]], str]:
     (row, "file:line") of JSON Lines, (row, "file: row n") of a JSON list.
     """
     try:
-        with open(path, "rb") as file:
-            content = file.read()
+        content = Path(path).read_bytes()
         text = content.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
@@ -163,10 +162,8 @@ def to_example(row: object, location: str, folder: str) -> Example:
 
     if is_avqa:
         question = question.replace("video", "audio")
-    answer = row.get("answer")
-    if answer is None or answer == "":  # as in MMAU's Test
-        answer = None
-    elif is_avqa:
+    answer = None if row.get("answer") == "" else row.get("answer")  # as in MMAU's Test
+    if is_avqa and answer is not None:
         if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
             raise BadInput(f"answer must be an index from 0 to {len(choices) - 1}, not {answer!r}")
         answer = choices[answer]
@@ -299,16 +296,12 @@ def make_batch(processor, examples: list[Example], waves: list[np.ndarray], prom
     1 where there is sound.
     """
     texts = [chat_text(processor, example, prompt) for example in examples]
+    # `audio=`, not `audios=`: current transformers drop the old name and the model answers blind
+    inputs = {"text": texts, "audio": [wave[: window(processor)] for wave in waves]}
+    inputs["text_kwargs"] = {"padding": True}  # a flat padding=True would reach the audio too
+    inputs["audio_kwargs"] = whole_window(processor) | {"sampling_rate": SAMPLE_RATE}
     with torch.autocast("cpu", enabled=False):  # features are fp32, whatever the model computes in
-        # `audio=`, not `audios=`: current transformers drop the old name and the model answers blind
-        inputs = processor(
-            text=texts,
-            audio=[wave[: window(processor)] for wave in waves],
-            text_kwargs={"padding": True},  # a flat padding=True would reach the audio too
-            audio_kwargs=whole_window(processor) | {"sampling_rate": SAMPLE_RATE},
-            return_tensors="pt",
-        )
-    return dict(inputs)
+        return dict(processor(**inputs, return_tensors="pt"))
 
 
 def window(processor) -> int:
@@ -355,12 +348,10 @@ def read_batch(processor, examples: list[Example], config, first: int, B: int) -
                 waves.append(read_clip(processor, example, config.prompt))
                 break
             except BadInput as error:
-                if not config.skip_bad_audio:
+                if not config.skip_bad_audio or k == len(examples) - 1:  # then no row can be read
                     raise
-                bad, skipped = error, skipped + 1
-                tqdm.write(printable(f"skipped: {bad}"))
-        else:
-            raise bad  # no row can be read
+                skipped += 1
+                tqdm.write(printable(f"skipped: {error}"))
         batch.append(example)
     inputs = make_batch(processor, batch, waves, config.prompt)
     cut = sum(is_cut(processor, wave) for wave in waves)
@@ -369,14 +360,14 @@ def read_batch(processor, examples: list[Example], config, first: int, B: int) -
 
 def made_ahead(make, items) -> Iterator:
     """make(item) for each item; a thread makes the next one while the one before is in use."""
-    jobs = deque()
+    job = None
     with ThreadPoolExecutor(1) as thread:
         for item in items:
-            jobs.append(thread.submit(make, item))
-            if len(jobs) == 2:
-                yield jobs.popleft().result()
-        while jobs:
-            yield jobs.popleft().result()
+            before, job = job, thread.submit(make, item)
+            if before:
+                yield before.result()
+        if job:
+            yield job.result()
 
 
 def select_rows(inputs: dict, rows: slice) -> dict:
@@ -399,8 +390,7 @@ def decode(processor, eos_ids: list[int], ids: torch.Tensor, mask: torch.Tensor)
 
 
 def sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def write_whole(path: str, content: str | bytes | Iterable[str]) -> None:
