@@ -160,17 +160,14 @@ def read_metrics(folder: str, name: str = "metrics.jsonl") -> tuple[list[dict], 
 
     A killed run may end with half a line, which does not count.
     """
-    lines, damaged = [], 0
-    try:
-        with open(os.path.join(folder, name), encoding="utf-8", errors="replace") as file:
-            for text in file:
-                try:
-                    line = json.loads(text)
-                    lines += [line | {"step": int(line["step"])}] if text.endswith("\n") else []
-                except (ValueError, TypeError, KeyError, RecursionError):
-                    damaged += text.endswith("\n")
-    except OSError:
-        pass
+    lines, damaged, path = [], 0, os.path.join(folder, name)
+    with suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+        for text in file:
+            try:
+                line = json.loads(text)
+                lines += [line | {"step": int(line["step"])}] if text.endswith("\n") else []
+            except (ValueError, TypeError, KeyError, RecursionError):
+                damaged += text.endswith("\n")
     return lines, damaged
 
 
