@@ -32,10 +32,10 @@ from data import load_examples, lock_folder, made_ahead, make_batch, read_clip, 
 from data import to_example, window, write_whole
 from flags import check_at_least, parse, run_main, say, warn_of_a_gpu_not_found, warn_of_clips_by_name
 from model import DEFAULT_MODEL, LOADABLE, NotFinite, completion_mask, eos_tokens, load_model, sample
-from policy import weights_hash
+from policy import weights_hash, with_whole_weights
 from rewards import by_group, extract_answer, format_reward, judge, mmau_match, paired_difference
 from rewards import prediction_of, score
-from training import Run, with_whole_weights
+from training import Run
 
 
 @dataclass

@@ -6,6 +6,7 @@ import re
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from data import BadInput
 from model import base_of_adapter, load_model, shared_prompt_logps
@@ -106,6 +107,30 @@ class Policy(nn.Module):
     def call(self, function):
         """Any other use of the model, such as sampling, through the module that FSDP2 wraps."""
         return function()
+
+
+def with_whole_weights(policy, function):
+    """function(), which may run the model as often as it likes on this process.
+
+    Under FSDP2 each forward gathers weights from all processes, and in sampling they run unequal numbers of
+    forwards: so all weights are gathered once, before, and freed after.
+    """
+    shards = [module for module in policy.modules() if isinstance(module, FSDPModule)]
+    if not shards:
+        return function()
+
+    def gathered():
+        for module in shards:
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
+        return function()
+
+    try:
+        return policy.call(gathered)  # through the policy, which FSDP2 must see first
+    finally:
+        for module in shards:
+            module.reshard()
+            module.set_reshard_after_forward(module is not policy, recurse=False)
 
 
 def check_memory(accelerator: Accelerator, model, separate_reference: bool) -> None:

@@ -21,7 +21,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
 from tqdm import tqdm
 
 from checkpoints import append_metrics, append_rows, is_saved, mean_over_processes, read_metrics, resume
@@ -30,7 +30,7 @@ from data import LOCK, BadInput, Batch, Example, check_audio, load_examples, loc
 from data import made_ahead, read_batch, select_rows
 from flags import TrainConfig, check_settings, warn_of_a_gpu_not_found, warn_of_clips_by_name
 from model import NotFinite, encode_audio, encoder_is_frozen, eos_tokens, sample, sampling_noise
-from policy import Policy, check_memory, load_frozen, load_policy, weights_hash
+from policy import Policy, check_memory, load_frozen, load_policy, weights_hash, with_whole_weights
 
 # ---------------------------------------------------------------- a run
 
@@ -301,7 +301,7 @@ def reference_logps(run: Run, batch: Batch, ids: torch.Tensor, mask: torch.Tenso
         with torch.no_grad(), run.accelerator.autocast(), adapters_off:
             logps = [run.reference(*part) for part in parts]
             # FSDP2 keeps its root gathered: adapters in it would come back in that copy only
-            if isinstance(run.reference, FSDPModule):
+            if run.accelerator.is_fsdp2:
                 run.reference.reshard()
     lap(run, "score")
     return logps
@@ -426,27 +426,3 @@ class Interrupted:
         if not self.number:
             self.number, self.since = number, time.monotonic()
             os.write(2, b"\nfinishing this step and saving; again in 5 s or more to stop at once\n")
-
-
-def with_whole_weights(policy, function, *args):
-    """function(*args), which may run the model as often as it likes on this process.
-
-    Under FSDP2 each forward gathers weights from all processes, and in sampling they run unequal numbers of
-    forwards: so all weights are gathered once, before, and freed after.
-    """
-    shards = [module for module in policy.modules() if isinstance(module, FSDPModule)]
-    if not shards:
-        return function(*args)
-
-    def gathered():
-        for module in shards:
-            module.set_reshard_after_forward(False, recurse=False)
-            module.unshard()
-        return function(*args)
-
-    try:
-        return policy.call(gathered)  # through the policy, which FSDP2 must see first
-    finally:
-        for module in shards:
-            module.reshard()
-            module.set_reshard_after_forward(module is not policy, recurse=False)
