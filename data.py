@@ -204,11 +204,8 @@ def check_audio(examples: list[Example], skip: bool = False) -> int:
 
 def stream_indices(n: int, seed: int, start: int, count: int) -> list[int]:
     """Entries start..start+count-1 of an endless stream of row indices, each epoch a new permutation."""
-
-    def index(k):
-        return int(np.random.default_rng((seed, k // n)).permutation(n)[k % n])
-
-    return [index(k) for k in range(start, start + count)]
+    where = [divmod(k, n) for k in range(start, start + count)]
+    return [int(np.random.default_rng((seed, epoch)).permutation(n)[i]) for epoch, i in where]
 
 
 # ---------------------------------------------------------------- prompts and audio

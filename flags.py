@@ -143,9 +143,8 @@ def check_settings(config: TrainConfig, processes: int) -> None:
         raise BadInput(f"--prompt {config.prompt}: unknown, choose one of {', '.join(PROMPTS)}")
     if not config.data:
         raise BadInput("--data is missing: the file of training questions")
-    check_at_least(config, prompts_per_step=1, micro_batch=1, save_every=1, max_new_tokens=1)
-    check_at_least(config, eval_every=1, eval_batch_size=1)
-    check_at_least(config, lr=0, seed=0, lora_rank=0, lora_alpha=0, keep_states=1)
+    check_at_least(config, prompts_per_step=1, micro_batch=1, max_new_tokens=1, eval_batch_size=1)
+    check_at_least(config, save_every=1, eval_every=1, keep_states=1, lr=0, seed=0, lora_rank=0, lora_alpha=0)
     if not 0 <= config.lora_dropout < 1:
         raise BadInput(f"--lora_dropout must be from 0 to below 1, not {config.lora_dropout}")
     if config.merge and not config.lora_rank:
