@@ -203,15 +203,13 @@ def steps(run: Run, accuracy: Callable[[Run], float], groups=None) -> Iterator[t
             batch = next(data)
         if step in config.skip_steps:
             run.accelerator.print(f"step {step}: skipped, as --skip_steps says")
-            with stop_together(run, step):
-                append_metrics(run, step)  # the held-out accuracy, if it was due
-            continue
-        for group in run.optimizer.param_groups:
-            group["lr"] = config.lr * (1 - step / run.max_steps)
-        run.metrics |= batch.metrics
-        run.updates = 0
-        lap(run, "other")
-        yield step, batch
+        else:
+            for group in run.optimizer.param_groups:
+                group["lr"] = config.lr * (1 - step / run.max_steps)
+            run.metrics |= batch.metrics
+            run.updates = 0
+            lap(run, "other")
+            yield step, batch
         with stop_together(run, step + 1):
             append_metrics(run, step)
             lap(run, "other")
