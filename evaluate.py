@@ -195,7 +195,7 @@ def show(results: dict, target: str) -> None:
         if results.get(name) and results["total"]:
             say(f"{results[name]} {text}")
     if results.get("unreadable"):
-        say(f"{len(results['unreadable'])} clips could not be read; their rows count as wrong:")
+        say(f"{len(results['unreadable'])} rows or clips could not be read, and count as wrong:")
         say("\n".join(f"  {error}" for error in results["unreadable"][:10]))
         if len(results["unreadable"]) > 10:
             say(f"  ... all of them in {target}")
@@ -239,7 +239,7 @@ def score_file(path: str) -> None:
 def read_marks(path: str) -> dict[str, tuple[dict, bool | None]]:
     """Rows of a file of predictions and whether they are right, by what identifies their questions."""
     keys = ("id", "audio", "audio_path", "audio_id", "video_name", "question", "question_text", "choices")
-    keys += ("multi_choice", "answer")
+    keys += ("multi_choice", "answer", "unusable")
     marks = {}
     rows, _ = read_rows(path)
     for row, location in rows:

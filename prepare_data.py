@@ -361,6 +361,9 @@ def filter(file: str, *, predictions: str, output: str, drop: str = "right") -> 
     kept, marks = [], Counter({None: len(rows) - len(answers)})
     old = {"model_output", "model_prediction", "completion"}  # where the rows are predictions themselves
     for (row, location), (answer, where) in zip(rows, answers):
+        if isinstance(answer, dict) and "unusable" in answer:  # as evaluate.py marks what it could not read
+            marks[None] += 1
+            continue
         mark = judge(answer, where)
         asked = {key: row[key] for key in row if key not in old} if isinstance(row, dict) else None
         if asked is None or json.dumps(asked) != json.dumps({key: answer.get(key) for key in asked}):

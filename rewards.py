@@ -63,20 +63,20 @@ def judge(row: object, location: str) -> bool | None:
     """Whether a row's prediction is right by MMAU's rule; None where there is no answer to compare with."""
     if not isinstance(row, dict):
         raise BadInput(f"{location}: not a JSON object")
-    if row.get("answer") is None or row["answer"] == "":
-        return None
     if "unusable" in row:  # as evaluate.py marks what it could not read
         return False
+    if row.get("answer") is None or row["answer"] == "":
+        return None
     return mmau_match(prediction_of(row) or "", *answer_and_choices(row, location))
 
 
 def answer_and_choices(row: dict, location: str) -> tuple[str, list[str]]:
     """The text of a row's answer, and its options."""
-    choices, answer = row.get("choices", row.get("multi_choice")), row["answer"]
+    choices, answer = row.get("multi_choice" if "multi_choice" in row else "choices"), row["answer"]
     if not isinstance(choices, list):
         raise BadInput(f"{location}: no list of options (key 'choices')")
     if "multi_choice" in row:  # AVQA's answers are indices
-        if not isinstance(answer, int) or answer not in range(len(choices)):
+        if type(answer) is not int or answer not in range(len(choices)):
             wanted = f"an index from 0 to {len(choices) - 1}"
             raise BadInput(f"{location}: answer must be {wanted}, not {answer!r}")
         answer = choices[answer]
@@ -112,6 +112,8 @@ def score(located: list[tuple]) -> dict:
     marks, rows = [judge(*row) for row in located], [row for row, _ in located]
     judged = [row for row, mark in zip(located, marks) if mark is not None and "unusable" not in row[0]]
     answers = [answer_and_choices(*row) for row in judged]
+    if not answers:  # MMAU's Test: what could not be read is not wrong either
+        marks = [None] * len(rows)
     groups = by_group(rows, marks).items()
     return {
         **tally([mark for mark in marks if mark is not None]),

@@ -17,6 +17,7 @@ from conftest import launch, run_script, load_examples
 from transformers import GenerationConfig
 
 import evaluate
+import prepare_data
 from data import BadInput
 from evaluate import judge, predict, prepare
 from rewards import extract_answer, mmau_match, paired_difference, wilson_interval
@@ -154,7 +155,7 @@ def test_one_bad_clip_costs_one_row(folder, tmp_path, monkeypatch, flags, capsys
     assert results["total"] == 12 and len(results["unreadable"]) == 2
     for n, (line, name) in enumerate([(4, "0003.wav"), (8, "0007.wav")]):
         assert f"test.jsonl:{line}: " in results["unreadable"][n] and name in results["unreadable"][n]
-    assert "2 clips could not be read" in (out := capsys.readouterr().out) and "0007.wav" in out
+    assert "2 rows or clips could not be read" in (out := capsys.readouterr().out) and "0007.wav" in out
 
 
 def test_clips_that_the_model_cannot_hear_whole_are_said(tmp_path, monkeypatch, flags, capsys):
@@ -361,7 +362,8 @@ ROW = {"choices": ["dog", "cat"], "answer": "dog"}
         (ROW | {"model_output": " ", "model_prediction": "dog"}, True),
         (ROW | {"model_output": float("nan"), "model_prediction": "dog"}, True),
         ({"answer": "dog", "choices": None, "model_output": "dog", "unusable": "no options"}, False),
-        ({"choices": None, "model_output": "dog", "unusable": "no options"}, None),
+        ({"model_output": "dog", "unusable": "not an object"}, False),
+        ({"multi_choice": ["dog", "cat"], "choices": ["a", "b"], "answer": 1, "model_output": "cat"}, True),
     ],
 )
 def test_odd_rows_are_judged(row, right):
@@ -391,14 +393,29 @@ def test_answers_that_are_no_option_are_counted(tmp_path, monkeypatch, capsys, a
 
 def test_predictions_for_rows_that_cannot_be_used_can_be_scored_again(folder, tmp_path, monkeypatch, flags):
     rows = [json.loads(line) for line in open(folder / "test.jsonl")]
-    rows[2]["choices"], rows[3] = [], {"id": "no answer either"}
+    rows[2]["choices"], rows[3], rows[4] = [], 5, 6
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     run_evaluate(monkeypatch, *flags, "--data", tmp_path / "rows.json", "--audio_dir", folder)
     before = read(tmp_path, "eval", "results.json")
-    assert (before["total"], before["unanswered"], len(before["unreadable"])) == (11, 1, 2)
-    assert "no list of at least two options" in read(tmp_path, "eval", "predictions.json")[2]["unusable"]
-    run_evaluate(monkeypatch, "--score", tmp_path / "eval" / "predictions.json")
+    assert (before["total"], before["unanswered"], len(before["unreadable"])) == (12, 0, 3)
+    predictions = tmp_path / "eval" / "predictions.json"
+    assert "no list of at least two options" in json.loads(predictions.read_text())[2]["unusable"]
+    run_evaluate(monkeypatch, "--score", predictions)
     assert read(tmp_path, "eval", "results.json") == before
+    run_evaluate(monkeypatch, "--compare", predictions, predictions)
+    files = dict(predictions=str(predictions), output=str(tmp_path / "wrong.jsonl"))
+    prepare_data.filter(str(tmp_path / "rows.json"), **files)
+    wrong = [json.loads(line) for line in open(tmp_path / "wrong.jsonl")]
+    assert len(wrong) == 9 - before["correct"] and all(row in rows for row in wrong)
+
+
+def test_without_answers_a_row_that_cannot_be_read_is_not_scored(
+    folder, tmp_path, monkeypatch, flags, capsys
+):
+    rows = [json.loads(line) | {"answer": ""} for line in open(folder / "test.jsonl")]
+    (tmp_path / "rows.json").write_text(json.dumps([*rows, 5]))
+    run_evaluate(monkeypatch, *flags, "--data", tmp_path / "rows.json", "--audio_dir", folder)
+    assert "nothing to score" in capsys.readouterr().out
 
 
 def test_clips_found_by_their_file_name_alone_are_said(folder, tmp_path, monkeypatch, flags, capsys):

@@ -422,7 +422,9 @@ def test_a_step_that_stops_a_run_again_and_again_can_be_skipped(folder, tmp_path
     for resume in (False, True):
         with pytest.raises(BadInput, match="step 2: .*; --resume --skip_steps 2 goes on without them"):
             run_script("train_grpo", folder, tmp_path / "run", resume=resume, **own_data, **held_out)
-    run_script("train_grpo", folder, tmp_path / "run", resume=True, skip_steps=[2], **own_data, **held_out)
+    skip = dict(resume=True, skip_steps=[2])
+    run_script("train_grpo", folder, tmp_path / "run", **skip, **own_data, **held_out)
+    assert (tmp_path / "run" / "checkpoint-3").exists()  # due after the step that was skipped
     lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5]
     assert set(lines[2]) == {"step", "eval_accuracy"} and "eval_accuracy" not in lines[3]
