@@ -26,12 +26,8 @@ from flags import run_command
 from model import LOADABLE, add_saved_adapters, base_of_adapter, check_finite_weights, load_model
 
 # flags that a resumed run may change: nothing computed before depends on them (data is known by its content)
-MAY_CHANGE = (
-    "output resume save_every keep_states merge log_with eval_data eval_every eval_batch_size".split()
-)
-MAY_CHANGE += (
-    "data audio_dir skip_bad_audio micro_batch gradient_checkpointing skip_steps samples_every".split()
-)
+MAY_CHANGE = """output resume save_every keep_states merge log_with eval_data eval_every data audio_dir
+    skip_bad_audio micro_batch gradient_checkpointing eval_batch_size skip_steps samples_every""".split()
 
 # ---------------------------------------------------------------- saving
 

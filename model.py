@@ -181,9 +181,8 @@ def encode_audio(model, inputs: dict):
     kind, count = model.config.model_type, len(inputs["input_features"])
     if kind == "qwen2_audio":
         return encode_qwen2_audio(model, inputs)
-    if (
-        "qwen3" in kind and count > 1
-    ):  # clips under 1 s would change with those beside them, in its own code too
+    if "qwen3" in kind and count > 1:
+        # its own code lets the end of a clip under 1 s change with the clips beside it
         return tuple(encode_audio(model, select_rows(inputs, slice(n, n + 1)))[0] for n in range(count))
     wanted = inspect.signature(model.model.get_audio_features).parameters
     features = {name: value for name, value in inputs.items() if name in wanted}
@@ -384,12 +383,8 @@ def shared_prompt_logps(model, inputs: dict, ids: torch.Tensor, mask: torch.Tens
 
     # completions are embedded as plain tokens: a placeholder drawn by chance must not receive audio
     embeds = torch.cat([embed_prompt(model, inputs), model.get_input_embeddings()(tokens)], 1)
-    hidden = model.model.language_model(
-        inputs_embeds=embeds,
-        attention_mask=additive_mask(visible, embeds),
-        position_ids=position,
-        use_cache=False,
-    ).last_hidden_state  # (B, P+N, D)
+    lm = partial(model.model.language_model, attention_mask=additive_mask(visible, embeds), use_cache=False)
+    hidden = lm(inputs_embeds=embeds, position_ids=position).last_hidden_state  # (B, P+N, D)
 
     # the column before a token predicts it; the prompt's last column predicts the first of every completion
     previous = torch.arange(P, P + packed.shape[1], device=ids.device) - 1

@@ -17,7 +17,7 @@ def frozen_dtypes(model: nn.Module, accelerator: Accelerator) -> dict[nn.Paramet
     dtypes = {}
     for module in model.modules():
         own = list(module.parameters(recurse=False))
-        # also convolutions, experts
+        # those of convolutions and stacked experts too
         is_matrix = isinstance(module, nn.Linear) or any(p.ndim > 2 for p in own)
         dtype = torch.bfloat16 if is_matrix and accelerator.mixed_precision == "bf16" else torch.float32
         for p in own:  # a table that the LM head shares is the embeddings', which come first
