@@ -164,12 +164,17 @@ def to_example(row: object, location: str, folder: str) -> Example:
         question = question.replace("video", "audio")
     answer = None if row.get("answer") == "" else row.get("answer")  # as in MMAU's Test
     if is_avqa and answer is not None:
-        if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-            raise BadInput(f"answer must be an index from 0 to {len(choices) - 1}, not {answer!r}")
-        answer = choices[answer]
+        answer = choice_at(answer, choices)
     answer = None if answer is None else str(answer)
     audio, by_name = find_clip(row, folder)
     return Example(audio, question, choices, answer, row, location, thought=thought, by_name=by_name)
+
+
+def choice_at(answer: object, choices: list):
+    """The option that an answer of AVQA's is the index of. Raises BadInput for any other answer."""
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
+        raise BadInput(f"answer must be an index from 0 to {len(choices) - 1}, not {answer!r}")
+    return choices[answer]
 
 
 def find_clip(row: dict, folder: str) -> tuple[str, bool]:

@@ -75,6 +75,11 @@ def hub(name: str, *, output: str, split: str = "", limit: str = "0", video_to_a
                     shown += 1
             answer = row.get("answer") if isinstance(row, dict) else None
             log.write(json.dumps([is_good, item, answer, state, call], default=without_bytes) + "\n")
+    write_converted(name, progress, target, left_out, total)
+
+
+def write_converted(name: str, progress: str, target: str, left_out: str, total: int) -> None:
+    """Turn the log of a conversion into its files, and say what is in them."""
 
     def items(good):
         return (item for is_good, item, *_ in read_log(progress) if is_good == good)

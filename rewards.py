@@ -8,7 +8,7 @@ import math
 import re
 from collections import defaultdict
 
-from data import BadInput
+from data import BadInput, blame, choice_at
 
 TEXT = r"\s*(?!\s)(?:(?!</?(?:think|answer)>).)+"  # not blank, and no tag in it
 FORMATS = {
@@ -76,10 +76,8 @@ def answer_and_choices(row: dict, location: str) -> tuple[str, list[str]]:
     if not isinstance(choices, list):
         raise BadInput(f"{location}: no list of options (key 'choices')")
     if "multi_choice" in row:  # AVQA's answers are indices
-        if type(answer) is not int or answer not in range(len(choices)):
-            wanted = f"an index from 0 to {len(choices) - 1}"
-            raise BadInput(f"{location}: answer must be {wanted}, not {answer!r}")
-        answer = choices[answer]
+        with blame(location):
+            answer = choice_at(answer, choices)
     return str(answer), [str(choice) for choice in choices]
 
 
