@@ -1,14 +1,16 @@
-"""An audio language model, as every script uses it: loading any supported kind, LoRA, sampling, log-probs.
+"""An audio language model as every script uses it: loading, LoRA, the policy, sampling, log-probs.
 
 The completions o_1..o_G of a group share audio and prompt. `sample` and `shared_prompt_logps` compute both
-once per group; `repeated_logps` is the plain, slow way, gives the same numbers, and serves the tests.
+once per group. `repeated_logps` gives the same numbers in the plain, slow way, for tests and notebook.
 """
 
 import base64
+import hashlib
 import inspect
 import io
 import json
 import os
+import re
 from contextlib import contextmanager
 from functools import partial
 
@@ -16,138 +18,143 @@ import numpy as np
 import soundfile
 import torch
 import transformers
-from packaging.version import Version
+from accelerate import Accelerator
 from safetensors import safe_open
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoProcessor, DynamicCache, PreTrainedConfig
 
-from data import SAMPLE_RATE, BadInput, select_rows, whole_window
+from cli import BadInput, located
+from data import SAMPLE_RATE, select_rows, window_padding
 
 # cuDNN would take every attention call on Hopper. It builds a plan for each new shape, and sampling and
-# packing make new ones all the time; under a mask its backward pass gives nan at some lengths
+# packing make new shapes all the time; under a mask its backward pass gives nan at some lengths
 # (github.com/pytorch/pytorch issue 196678, github.com/huggingface/trl issue 7181).
 torch.backends.cuda.enable_cudnn_sdp(False)
-# a KV cache that grows round by round fragments CUDA's memory otherwise; read when CUDA starts
+# A KV cache that grows round by round fragments CUDA's memory otherwise; read when CUDA starts.
 if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
     os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 DEFAULT_MODEL = "Qwen/Qwen2-Audio-7B-Instruct"
-LOADABLE = ("config.json", "adapter_config.json")  # a folder with one is a model, or LoRA adapters of one
-NO_CODE = {"trust_remote_code": False}  # a model is data: nothing that it brings along is run
+MODEL_FILES = ("config.json", "adapter_config.json")  # a folder with either can be loaded
+NO_CODE = {"trust_remote_code": False}  # a model is data: never run code that comes with it
 
-# config.model_type -> the class without "ForConditionalGeneration", and the first transformers that fits
+# config.model_type -> the class, without "ForConditionalGeneration"
 FAMILIES = {
-    "qwen2_audio": ("Qwen2Audio", "5.10"),
-    "qwen2_5_omni": ("Qwen2_5OmniThinker", "5.21"),  # of a full checkpoint the thinker alone is loaded
-    "qwen3_omni_moe": ("Qwen3OmniMoeThinker", "5.21"),
-    "audioflamingo3": ("AudioFlamingo3", "5.10"),
-    "musicflamingo": ("MusicFlamingo", "5.10"),
-    "voxtral": ("Voxtral", "5.10"),
-    "glmasr": ("GlmAsr", "5.10"),
+    "qwen2_audio": "Qwen2Audio",
+    "qwen2_5_omni": "Qwen2_5OmniThinker",  # only the thinker of a full checkpoint is loaded
+    "qwen3_omni_moe": "Qwen3OmniMoeThinker",
+    "audioflamingo3": "AudioFlamingo3",
+    "musicflamingo": "MusicFlamingo",
+    "voxtral": "Voxtral",
+    "glmasr": "GlmAsr",
 }
 
 
-def load_model(path: str, dtype="auto"):
-    """A model, known by its config and not by its name, and its processor; adapters come with their base.
+# ---------------------------------------------------------------- loading
 
-    It is exactly what was saved: every weight found, finite and used, the tokenizer whole. Else BadInput.
+
+def load_model(path: str, dtype="auto"):
+    """A model, whose class comes from its config, and its processor; adapters are loaded onto their base.
+
+    The model is exactly the one that was saved: every weight found, finite and used, and a tokenizer that
+    fits. Anything else raises BadInput.
     """
-    if base := base_of_adapter(path):
+    if base := base_of_adapters(path):
         model, processor = load_model(base, dtype)
-        with loading(path):
+        with located(path):
             add_saved_adapters(model, path)
         return model, processor
-    model_class = getattr(transformers, f"{family(path)}ForConditionalGeneration")
+
     processor = load_processor(path)
-    with loading(path):
-        # sdpa takes the masks of shared_prompt_logps; eager attention would read them wrongly
+    with located(path):
+        model_class = getattr(transformers, f"{family(path)}ForConditionalGeneration")
+        # sdpa takes the masks of shared_prompt_logps; eager attention would misread them
         model, report = model_class.from_pretrained(
             path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **NO_CODE
         )
-        for what in ("missing", "unexpected", "mismatched"):
-            if names := sorted(map(str, report[f"{what}_keys"])):
-                raise BadInput(f"its weights do not fit: {len(names)} {what} keys, first {names[0]}")
-        check_finite_weights(model.named_parameters())
+        for kind in ("missing", "unexpected", "mismatched"):
+            names = sorted(map(str, report[f"{kind}_keys"]))
+            if names:
+                raise BadInput(f"the weights do not fit: {len(names)} {kind} keys, first {names[0]}")
+        check_finite(model.named_parameters())
         check_tokenizer(processor, model)
     return model, processor
 
 
 def family(path: str) -> str:
-    """The name in FAMILIES of the kind that a model is of."""
-    with loading(path):
-        kind = str(PreTrainedConfig.get_config_dict(path)[0].get("model_type")).removesuffix("_thinker")
+    """The name in FAMILIES of a model's kind."""
+    with located(path):
+        config, _ = PreTrainedConfig.get_config_dict(path)
+        if "model_type" not in config:
+            raise BadInput("no config.json of a model was found")
+        kind = str(config["model_type"]).removesuffix("_thinker")
         if kind not in FAMILIES:
             raise BadInput(f"is a {kind} model; supported are {', '.join(FAMILIES)}")
-        name, since = FAMILIES[kind]
-        if Version(transformers.__version__) < Version(since):
-            raise BadInput(f"needs transformers {since}, and {transformers.__version__} is installed")
-    return name
+    return FAMILIES[kind]
 
 
 def load_processor(path: str):
-    """A model's processor: its tokenizer, feature extractor and chat template; adapters have their base's."""
-    path = base_of_adapter(path) or path
-    kind = VoxtralProcessor if family(path) == "Voxtral" else AutoProcessor
-    with loading(path):
-        try:
-            processor = kind.from_pretrained(path, **NO_CODE)
-        except ImportError as error:
-            wanted = "mistral-common[audio]" if kind is VoxtralProcessor else "pillow torchvision"
-            raise BadInput(f"pip install {wanted}: {str(error).strip().splitlines()[0]}") from None
+    """A model's processor: tokenizer, feature extractor and chat template. Adapters use their base's."""
+    path = base_of_adapters(path) or path
+    processor_class = VoxtralProcessor if family(path) == "Voxtral" else AutoProcessor
+    with located(path):
+        processor = processor_class.from_pretrained(path, **NO_CODE)
     processor.tokenizer.padding_side = "left"  # for sampling, whatever the hub's tokenizer config says
-    # make_batch asks for this too, but in transformers 5.23 Qwen3-Omni's drops what a call asks for
-    processor.audio_kwargs = getattr(processor, "audio_kwargs", {}) | whole_window(processor)
+    # make_inputs asks for this too, but Qwen3-Omni's processor ignores it in transformers 5.23
+    processor.audio_kwargs = getattr(processor, "audio_kwargs", {}) | window_padding(processor)
     return processor
 
 
 class VoxtralProcessor(transformers.VoxtralProcessor):
-    """Voxtral's takes clips inside a chat only; this one takes texts and clips side by side, as others do."""
+    """Voxtral's processor takes clips only inside a chat; this one takes text and audio like the others."""
 
     def apply_chat_template(self, chat, **_) -> str:
-        return chat[-1]["content"][-1]["text"]  # the chat around it is made in __call__
+        return chat[-1]["content"][-1]["text"]  # __call__ builds the chat around it
 
     def __call__(self, text, audio, **_):
         chats = []
         for question, wave in zip(text, audio):
-            clip = io.BytesIO()
-            soundfile.write(clip, wave, SAMPLE_RATE, format="WAV", subtype="FLOAT")
-            clip = {"type": "audio", "base64": base64.b64encode(clip.getvalue()).decode()}
+            file = io.BytesIO()
+            soundfile.write(file, wave, SAMPLE_RATE, format="WAV", subtype="FLOAT")
+            clip = {"type": "audio", "base64": base64.b64encode(file.getvalue()).decode()}
             chats.append([{"role": "user", "content": [clip, {"type": "text", "text": question}]}])
         return super().apply_chat_template(chats, return_tensors="pt")
 
 
-@contextmanager
-def loading(path: str):
-    """Whatever goes wrong inside is said as one line about this model."""
-    try:
-        yield
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BadInput(f"{path}: cannot load the model ({reason})") from None
-
-
 def check_tokenizer(processor, model) -> None:
     """Raise BadInput for a tokenizer that cannot spell, or whose tokens are not the model's."""
-    tokenizer, rows = processor.tokenizer, model.get_input_embeddings().weight.shape[0]
+    tokenizer = processor.tokenizer
     text = "Which one barks? <answer>the dog</answer>"
     if tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True).strip() != text:
-        raise BadInput(f"its tokenizer, of {len(tokenizer)} tokens, cannot spell; is a file missing?")
-    if len(tokenizer) > rows:
-        raise BadInput(f"its tokenizer has {len(tokenizer)} tokens, and the model {rows} embeddings")
+        raise BadInput(f"the tokenizer ({len(tokenizer)} tokens) cannot spell; is a file missing?")
+    embeddings = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > embeddings:
+        raise BadInput(f"the tokenizer has {len(tokenizer)} tokens, but the model {embeddings} embeddings")
     placeholder = tokenizer.convert_tokens_to_ids(processor.audio_token)
     if placeholder != model.config.audio_token_id:
-        ids = f"{placeholder} to the processor and {model.config.audio_token_id} to the model"
-        raise BadInput(f"the audio placeholder is token {ids}, which would answer without hearing")
+        ids = f"{placeholder} for the processor but {model.config.audio_token_id} for the model"
+        raise BadInput(f"the audio placeholder is token {ids}: it would answer without hearing")
 
 
-def check_finite_weights(named_weights) -> None:
-    """Raise BadInput for (name, tensor) pairs of which one holds nan or inf."""
-    if name := next((name for name, weight in named_weights if not weight.isfinite().all()), None):
-        raise BadInput(f"{name} has values that are not finite numbers")
+def check_finite(named_weights) -> None:
+    """Raise BadInput if one of the (name, tensor) pairs contains nan or inf."""
+    for name, weight in named_weights:
+        if not weight.isfinite().all():
+            raise BadInput(f"{name} has values that are nan or inf")
+
+
+def base_of_adapters(path: str) -> str | None:
+    """The base model of a folder of LoRA adapters; None if the folder has no adapters."""
+    config = os.path.join(path, "adapter_config.json")
+    if not os.path.isfile(config):
+        return None
+    with located(config), open(config) as file:
+        return json.load(file)["base_model_name_or_path"]
 
 
 def add_saved_adapters(model, path: str):
-    """Put saved adapters into their base; returns peft's view. Refuses names that do not fit."""
+    """Put saved adapters into their base; returns peft's view of it. Raises BadInput if they do not fit."""
     from peft import PeftModel, get_peft_model_state_dict
 
     adapters = PeftModel.from_pretrained(model, path)
@@ -155,35 +162,156 @@ def add_saved_adapters(model, path: str):
         saved = set(file.keys())
     if wrong := sorted(saved ^ get_peft_model_state_dict(adapters).keys()):
         raise BadInput(f"{len(wrong)} adapters do not fit the base, first {wrong[0]}")
-    check_finite_weights((name, p) for name, p in model.named_parameters() if "lora_" in name)
+    check_finite((name, p) for name, p in model.named_parameters() if "lora_" in name)
     return adapters
 
 
-def base_of_adapter(path: str) -> str | None:
-    """The model that a folder of LoRA adapters belongs to; None if it is no such folder."""
+def weights_hash(model) -> str:
+    """A short hash of the weights: the same for the same values and dtypes, on any device."""
+    hashes = {}
+    for name, p in model.named_parameters():
+        hashes[name] = torch.hash_tensor(p.detach()).view(torch.int64)
+    hashes = {name: int(value) for name, value in hashes.items()}
+    return hashlib.sha256(repr(hashes).encode()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------- policy and reference
+
+
+class Policy(nn.Module):
+    """The module that accelerate wraps. DDP and FSDP2 act in its forward, which computes log-probs."""
+
+    def __init__(self, model, temperature: float = 1.0):
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+        # FSDP2 shards layer by layer: name the classes of all layers
+        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+        self._no_split_modules = sorted({type(layer).__name__ for layers in lists for layer in layers})
+
+    def forward(self, inputs, ids, mask):
+        """Log-probs (B, G, T) of completions; see shared_prompt_logps."""
+        return shared_prompt_logps(self.model, inputs, ids, mask, self.temperature)
+
+    def initialize(self) -> None:
+        """An empty forward: FSDP2 takes the first module that runs for its root, and it must be this one."""
+
+
+@contextmanager
+def unsharded(policy):
+    """Under FSDP2, keep all weights gathered inside the block.
+
+    Each forward gathers them otherwise, and while sampling the processes run unequal numbers of forwards.
+    """
+    shards = [module for module in policy.modules() if isinstance(module, FSDPModule)]
+    for module in shards:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
     try:
-        with open(os.path.join(path, "adapter_config.json")) as file:
-            return json.load(file)["base_model_name_or_path"]
-    except OSError:
-        return None
-    except (ValueError, KeyError, TypeError):
-        raise BadInput(f"{path}/adapter_config.json: names no base model") from None
+        yield
+    finally:
+        for module in shards:
+            module.reshard()
+            module.set_reshard_after_forward(module is not policy, recurse=False)
+
+
+def load_policy(config, accelerator: Accelerator):
+    """The model to train, its processor, and peft's view of it (None without LoRA)."""
+    if base_of_adapters(config.model):
+        raise BadInput(f"{config.model}: contains LoRA adapters; merge them first (python checkpoints.py)")
+    if config.lora_rank:
+        model, processor = load_frozen(config, accelerator)
+    else:
+        # fp32: at a learning rate of 1e-6, bf16 weights would swallow the updates
+        model, processor = load_model(config.model, torch.float32)
+        freeze_unused(model, config.freeze_audio_encoder)
+    disable_dropout(model)
+    adapters = add_lora(model, config) if config.lora_rank else None
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model, processor, adapters
+
+
+def load_frozen(config, accelerator: Accelerator):
+    """A model that is not trained, such as the reference or LoRA's base, and its processor.
+
+    Under bf16 its matrices are bf16, as autocast would compute with them; everything else is fp32.
+    """
+    model, processor = load_model(config.model)
+    seen = set()
+    for module in model.modules():
+        parameters = list(module.parameters(recurse=False))
+        # matrices of linear layers, and what convolutions and stacked experts have
+        is_matrix = isinstance(module, nn.Linear) or any(p.ndim > 2 for p in parameters)
+        for p in parameters:
+            if p not in seen:  # an LM head may share the embedding table, which comes first
+                bf16 = is_matrix and accelerator.mixed_precision == "bf16"
+                p.data = p.data.to(torch.bfloat16 if bf16 else torch.float32)
+                seen.add(p)
+    return model.eval().requires_grad_(False), processor
+
+
+def freeze_unused(model, freeze_audio_encoder: bool) -> None:
+    """Freeze the encoder, if asked to, and what never gets a gradient here: sinusoids and the vision part."""
+    if freeze_audio_encoder:
+        model.model.audio_tower.requires_grad_(False)
+    for name, module in model.model.named_modules():
+        is_sinusoids = name.startswith("audio_tower.") and isinstance(module, nn.Embedding)
+        if is_sinusoids or name == "visual":
+            module.requires_grad_(False)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout rate to 0: sampling has no dropout, and scoring must match it."""
+    for module in model.modules():
+        for name in ("p", "dropout", "attention_dropout", "activation_dropout", "layerdrop"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def add_lora(model, config):
+    """Put fp32 adapters into a frozen model; returns peft's view, which saves them and turns them off."""
+    from peft import LoraConfig, get_peft_model
+
+    patterns = {
+        "language": r"model\.language_model\..*_proj",
+        "all": r"model\.(language_model|audio_tower)\..*(_proj|fc1|fc2)",
+    }
+    pattern = patterns.get(config.lora_target, config.lora_target)
+    torch.manual_seed(config.seed)  # half of each adapter starts random
+    with located(f"--lora_target {config.lora_target}"):
+        # list the layers by name: for MoE models peft would expand a regex to the stacked experts
+        layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        targets = [name for name in layers if re.fullmatch(pattern, name)]
+        if not targets:
+            raise BadInput("matches no linear layer")
+        if "lm_head" in targets:
+            raise BadInput("matches lm_head, whose adapters peft saves in a way that cannot be loaded")
+        lora = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=targets,
+        )
+        return get_peft_model(model, lora)
 
 
 # ---------------------------------------------------------------- prompts
 
 
 def encode_audio(model, inputs: dict):
-    """The audio of B prompts, by row, as far as it stays the same while `encoder_is_frozen`.
+    """Output of the audio encoder for B prompts, which can be cached while `encoder_is_frozen`.
 
-    Of Qwen2-Audio (B, S, D_audio), without its projector; the others' own code gives (n, D) for each prompt.
+    For Qwen2-Audio (B, S, D_audio), before its projector; for other models a tuple of (n, D), one per prompt.
     """
-    kind, count = model.config.model_type, len(inputs["input_features"])
+    kind = model.config.model_type
     if kind == "qwen2_audio":
         return encode_qwen2_audio(model, inputs)
-    if "qwen3" in kind and count > 1:
-        # its own code lets the end of a clip under 1 s change with the clips beside it
-        return tuple(encode_audio(model, select_rows(inputs, slice(n, n + 1)))[0] for n in range(count))
+    B = len(inputs["input_features"])
+    if "qwen3" in kind and B > 1:
+        # one by one: its own code lets the end of a clip under 1 s change with the other clips of the batch
+        return tuple(encode_audio(model, select_rows(inputs, slice(b, b + 1)))[0] for b in range(B))
+
     wanted = inspect.signature(model.model.get_audio_features).parameters
     features = {name: value for name, value in inputs.items() if name in wanted}
     features["input_features"] = features["input_features"].to(model.model.audio_tower.dtype)
@@ -194,7 +322,7 @@ def encode_audio(model, inputs: dict):
 
 
 def encode_qwen2_audio(model, inputs: dict) -> torch.Tensor:
-    """Its encoder's output (B, S, D_audio), as its own forward, but run only as far as there is sound."""
+    """Qwen2-Audio's encoder output (B, S, D_audio): its own computation, but without the silent padding."""
     tower = model.model.audio_tower
     frames = inputs["feature_attention_mask"].sum(-1)  # (B,) mel frames with sound
     convolved, _ = tower._get_feat_extract_output_lengths(frames)  # (B,) after stride 2
@@ -203,22 +331,22 @@ def encode_qwen2_audio(model, inputs: dict) -> torch.Tensor:
     hidden = nn.functional.gelu(tower.conv1(features.to(tower.conv1.weight.dtype)))
     hidden = nn.functional.gelu(tower.conv2(hidden))[..., :longest].transpose(1, 2)
     hidden = hidden + tower.embed_positions.weight[:longest]
-    audible = torch.arange(longest, device=frames.device) < convolved[:, None]  # (B, longest)
+    has_sound = torch.arange(longest, device=frames.device) < convolved[:, None]  # (B, longest)
     for layer in tower.layers:
-        hidden = layer(hidden, audible[:, None, None])
+        hidden = layer(hidden, has_sound[:, None, None])
     return tower.layer_norm(tower.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2))
 
 
 def encoder_is_frozen(model) -> bool:
-    """Whether training leaves what `encode_audio` gives as it is."""
+    """Whether training leaves the output of `encode_audio` unchanged."""
     parts = ("audio_tower.", "multi_modal_projector.")
     if model.config.model_type == "qwen2_audio":
-        parts = "audio_tower."  # its projector comes after
+        parts = ("audio_tower.",)  # its projector runs after encode_audio
     return not any(p.requires_grad for name, p in model.model.named_parameters() if name.startswith(parts))
 
 
 def embed_prompt(model, inputs: dict) -> torch.Tensor:
-    """Prompt embeddings (B, P, D), the encoder's output written over the audio placeholders."""
+    """Prompt embeddings (B, P, D), with the encoder's output written over the audio placeholders."""
     audio = inputs["encoded_audio"] if "encoded_audio" in inputs else encode_audio(model, inputs)
     if model.config.model_type == "qwen2_audio":
         audio = model.model.multi_modal_projector(audio)  # (B, S, D)
@@ -233,9 +361,10 @@ def embed_prompt(model, inputs: dict) -> torch.Tensor:
     return embeds.masked_scatter(placeholder[..., None], audio.to(embeds.dtype))
 
 
-def check_placeholders(n, audio: torch.Tensor) -> None:
-    if n != len(audio):
-        raise BadInput(f"the prompts have {n} audio placeholders for {len(audio)} of the encoder")
+def check_placeholders(count, audio: torch.Tensor) -> None:
+    """Raise BadInput unless there is one row of audio (n, D) for each placeholder."""
+    if count != len(audio):
+        raise BadInput(f"the prompts have {count} audio placeholders for {len(audio)} audio embeddings")
 
 
 def prompt_positions(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -244,15 +373,15 @@ def prompt_positions(attention_mask: torch.Tensor) -> torch.Tensor:
 
 
 def additive_mask(visible: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
-    """A mask (B, 1, queries, keys) of 0 and -inf from a bool (B, queries, keys), in the type of attention.
+    """A mask (B, 1, queries, keys) of 0 and -inf from a bool (B, queries, keys), in attention's dtype.
 
-    A bool mask would be converted again in every layer. Rows start at multiples of 8, as the kernels want it.
+    A bool mask would be converted again in every layer. Rows are aligned to 8 elements, as kernels require.
     """
     device = embeds.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else embeds.dtype
     B, queries, keys = visible.shape
-    width = -(-keys // 8) * 8
-    mask = torch.full((B, 1, queries, width), -torch.inf, dtype=dtype, device=embeds.device)
+    aligned = -(-keys // 8) * 8
+    mask = torch.full((B, 1, queries, aligned), -torch.inf, dtype=dtype, device=embeds.device)
     return mask[..., :keys].masked_fill_(visible[:, None], 0)
 
 
@@ -262,83 +391,101 @@ def additive_mask(visible: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
 def eos_tokens(model, processor) -> list[int]:
     """Every id that ends a completion: those of the model's generation config and the tokenizer's own."""
     ids = model.generation_config.eos_token_id
-    return sorted({*(ids if isinstance(ids, list) else [ids]), processor.tokenizer.eos_token_id} - {None})
+    ids = ids if isinstance(ids, list) else [ids]
+    return sorted({*ids, processor.tokenizer.eos_token_id} - {None})
 
 
-def turn_end(processor) -> int:
-    """The id that ends the assistant's turn in the chat template: what an answer to imitate ends with."""
+def end_of_turn(processor) -> int:
+    """The id that ends the assistant's turn in the chat template: SFT teaches it at the end of an answer."""
     tokenizer = processor.tokenizer
     return tokenizer.get_vocab().get("<|im_end|>", tokenizer.eos_token_id)
 
 
 def completion_mask(ids: torch.Tensor, eos_ids: list[int]) -> torch.Tensor:
-    """(..., T), True up to and including the first EOS: by position, for what follows may be any token."""
+    """(..., T), True up to and including the first EOS. By position: later tokens can be anything."""
     is_eos = torch.isin(ids, torch.tensor(eos_ids, device=ids.device)).long()
     return is_eos.cumsum(-1) - is_eos == 0
 
 
-def sampling_noise(seed: int, k: int, G: int, T: int) -> torch.Tensor:
-    """Uniform numbers (G, T) in (0, 1] for prompt k; the 1 keeps their seed apart from the data order's."""
-    return 1 - torch.from_numpy(np.random.default_rng((seed, k, 1)).random((G, T), np.float32))
+def sampling_noise(seed: int, first: int, B: int, G: int, T: int) -> torch.Tensor:
+    """Uniform numbers (B, G, T) in (0, 1] for prompts first..first+B-1 of the stream.
+
+    They belong to the prompt, so that a sample depends neither on the batch nor on the process.
+    """
+    noise = []
+    for k in range(first, first + B):
+        rng = np.random.default_rng((seed, k, 1))  # the 1 separates this seed from the data order's
+        noise.append(1 - torch.from_numpy(rng.random((G, T), np.float32)))
+    return torch.stack(noise)
 
 
 def draw(logits: torch.Tensor, u: torch.Tensor, temperature: float) -> torch.Tensor:
     """Tokens (B, G) of logits (B, G, V): the first whose cumulative probability reaches u (B, G)."""
-    # fp64, because fp32 sums of 156,000 terms err; mps has no fp64
+    # fp64, because fp32 sums of 156,000 terms are inexact; mps has no fp64
     dtype = torch.float32 if logits.device.type == "mps" else torch.float64
     cdf = torch.softmax(logits / temperature, dim=-1, dtype=dtype).cumsum(-1)
     u = u[..., None] * cdf[..., -1:]  # scaled: the cdf does not end at exactly 1
-    return torch.searchsorted(cdf, u)[..., 0].clamp_max(logits.shape[-1] - 1)  # where logits are nan
+    return torch.searchsorted(cdf, u)[..., 0].clamp_max(logits.shape[-1] - 1)  # clamped: logits may be nan
 
 
 class SamplingCache(DynamicCache):
-    """A KV cache whose keys have the type of its values: rotary embeddings return fp32 under autocast."""
+    """A KV cache that keeps keys in the dtype of the values: under autocast, rotary embeddings are fp32."""
 
     def update(self, keys, values, *args, **kwargs):
         return super().update(keys.to(values.dtype), values, *args, **kwargs)
-
-
-class NotFinite(Exception):
-    """Logits of a prompt are nan or inf; holds its row in the batch."""
 
 
 @torch.no_grad()
 def sample(model, inputs: dict, eos_ids: list[int], max_new_tokens: int, temperature=1.0, noise=None):
     """Completions of B prompts: ids (B, G, T), mask (B, G, T) True up to and including the first EOS.
 
-    noise (B, G, max_new_tokens): a uniform number in (0, 1] for each token, so that a sample depends on its
-    own numbers alone and not on batch or process; None: greedy, G = 1.
-    The KV cache holds a prompt once: its G completions are decoded in one row, each blind to the others.
-    Raises NotFinite, with the prompt's row, if logits are not finite.
+    noise (B, G, max_new_tokens): a uniform number in (0, 1] for each token (see sampling_noise); without
+    noise decoding is greedy and G is 1. Raises BadInput if logits are nan or inf.
+
+    The KV cache holds each prompt once: its G completions are decoded side by side in one row, and the mask
+    hides them from each other.
     """
     prompt_mask = inputs["attention_mask"]
-    B, G = len(prompt_mask), 1 if noise is None else noise.shape[1]
-    eos = torch.tensor(eos_ids, device=prompt_mask.device)
+    device = prompt_mask.device
+    B, P = prompt_mask.shape
+    G = 1 if noise is None else noise.shape[1]
+    eos = torch.tensor(eos_ids, device=device)
+
+    # prefill: each prompt once
     cache = SamplingCache(config=model.config.get_text_config())
     lm = partial(model.model.language_model, past_key_values=cache, use_cache=True)
-    embeds, position = embed_prompt(model, inputs), prompt_positions(prompt_mask)
+    embeds = embed_prompt(model, inputs)
+    position = prompt_positions(prompt_mask)
     hidden = lm(inputs_embeds=embeds, attention_mask=prompt_mask, position_ids=position).last_hidden_state
     hidden = hidden[:, -1:].expand(-1, G, -1)  # (B, G, D)
-    # each round appends G keys, one token of each completion; a completion sees only its own
-    own = torch.eye(G, dtype=torch.bool, device=eos.device).repeat(1, max_new_tokens - 1)  # (G, G * rounds)
+
+    # each round appends G keys, one per completion; a completion sees the prompt and its own keys
+    own = torch.eye(G, dtype=torch.bool, device=device).repeat(1, max_new_tokens - 1)  # (G, G * rounds)
     visible = torch.cat([prompt_mask.bool()[:, None].expand(-1, G, -1), own.expand(B, -1, -1)], -1)
     mask = additive_mask(visible, embeds)  # (B, 1, G, P + G * rounds)
     first_position = prompt_mask.sum(1, keepdim=True).expand(-1, G)  # (B, G)
-    done, tokens = torch.zeros_like(first_position, dtype=torch.bool), []
-    finite = torch.ones(B, dtype=torch.bool, device=eos.device)
+
+    tokens = []
+    ended = torch.zeros(B, G, dtype=torch.bool, device=device)
+    finite = torch.ones(B, dtype=torch.bool, device=device)
     while True:
         logits = model.lm_head(hidden).float()  # (B, G, V)
-        token = logits.argmax(-1) if noise is None else draw(logits, noise[..., len(tokens)], temperature)
+        if noise is None:
+            token = logits.argmax(-1)  # (B, G)
+        else:
+            token = draw(logits, noise[..., len(tokens)], temperature)
         tokens.append(token)
         finite &= logits.isfinite().flatten(1).all(1)
-        done |= torch.isin(token, eos)
-        if len(tokens) == max_new_tokens or done.all():
+        ended |= torch.isin(token, eos)
+        if len(tokens) == max_new_tokens or ended.all():
             break
-        seen = mask[..., : prompt_mask.shape[1] + G * len(tokens)]
-        embeds, position = model.get_input_embeddings()(token), first_position + len(tokens) - 1
+        embeds = model.get_input_embeddings()(token)
+        position = first_position + len(tokens) - 1
+        seen = mask[..., : P + G * len(tokens)]
         hidden = lm(inputs_embeds=embeds, attention_mask=seen, position_ids=position).last_hidden_state
     if not finite.all():
-        raise NotFinite(int(finite.long().argmin()))
+        bad = int(finite.long().argmin())
+        raise BadInput(f"the model's logits are nan or inf for prompt {bad + 1} of {B} in the batch")
     ids = torch.stack(tokens, -1)  # (B, G, T)
     return ids, completion_mask(ids, eos_ids)
 
@@ -347,8 +494,9 @@ def sample(model, inputs: dict, eos_ids: list[int], max_new_tokens: int, tempera
 
 
 def repeated_logps(model, inputs: dict, ids: torch.Tensor, mask: torch.Tensor, temperature: float):
-    """The same as shared_prompt_logps, by the model's own forward on G copies; for the tests."""
-    (B, G, T), P = ids.shape, inputs["input_ids"].shape[1]
+    """The same as shared_prompt_logps, by the model's own forward on G copies of each prompt."""
+    B, G, T = ids.shape
+    P = inputs["input_ids"].shape[1]
     inputs = {name: value.repeat_interleave(G, 0) for name, value in inputs.items()}
     inputs["input_ids"] = torch.cat([inputs["input_ids"], ids.flatten(0, 1)], 1)  # (B*G, P+T)
     inputs["attention_mask"] = torch.cat([inputs["attention_mask"], mask.flatten(0, 1).long()], 1)
@@ -360,36 +508,45 @@ def repeated_logps(model, inputs: dict, ids: torch.Tensor, mask: torch.Tensor, t
 def shared_prompt_logps(model, inputs: dict, ids: torch.Tensor, mask: torch.Tensor, temperature: float):
     """Log-probs (B, G, T), fp32, of completions under softmax(logits / temperature); 0 where mask is False.
 
-    One row per prompt, [prompt, o_1, ..., o_G], without padding between. A completion sees the prompt and
+    One row per prompt, [prompt, o_1, ..., o_G], with no padding between. A completion sees the prompt and
     itself, and its positions continue the prompt's, so each token sees what it would see in a row of its own:
 
         prompt p1 p2, o_1 = a1 a2, o_2 = b1      position 0 1 2 3 2      b1 sees p1 p2 b1
     """
-    (B, G, T), P = ids.shape, inputs["attention_mask"].shape[1]
-    prompt_mask, flat_mask = inputs["attention_mask"].bool(), mask.flatten(1)  # (B, P), (B, G*T)
-    # packed: for each row the indices into G*T of its real tokens, in order, then filler up to N columns
+    B, G, T = ids.shape
+    prompt_mask = inputs["attention_mask"].bool()  # (B, P)
+    P = prompt_mask.shape[1]
+
+    # pack: the indices into G*T of each row's real tokens, in order, then filler up to N columns
     # (G 2, T 3, mask 110 100: indices 0 1 3)
+    flat_mask = mask.flatten(1)  # (B, G*T)
     packed = (~flat_mask).long().argsort(dim=1, stable=True)[:, : flat_mask.sum(1).max()]  # (B, N)
-    real = flat_mask.gather(1, packed)
-    completion, t = packed // T, packed % T
+    is_real = flat_mask.gather(1, packed)
+    completion = packed // T
+    t = packed % T
     tokens = ids.flatten(1).gather(1, packed)
 
-    # segment: 0 the prompt, 1..G the completions, -1 padding, which no prompt or completion token sees
-    segment = torch.cat([prompt_mask.long() - 1, torch.where(real, completion + 1, -1)], 1)  # (B, P+N)
+    # segment: 0 for the prompt, 1..G for the completions, -1 for padding, which nothing real may see
+    segment = torch.cat([prompt_mask.long() - 1, torch.where(is_real, completion + 1, -1)], 1)  # (B, P+N)
     position = torch.cat([prompt_positions(prompt_mask), prompt_mask.sum(1, keepdim=True) + t], 1)
-    query, key = segment[:, :, None], segment[:, None, :]
-    # a token sees the prompt and its own completion, up to its own position
-    visible = ((key == 0) | (key == query)) & (position[:, None, :] <= position[:, :, None])  # (B, P+N, P+N)
+    query = segment[:, :, None]
+    key = segment[:, None, :]
+    is_earlier = position[:, None, :] <= position[:, :, None]
+    visible = ((key == 0) | (key == query)) & is_earlier  # (B, P+N, P+N)
 
-    # completions are embedded as plain tokens: a placeholder drawn by chance must not receive audio
+    # completions are embedded as plain tokens: a placeholder sampled by chance must not receive audio
     embeds = torch.cat([embed_prompt(model, inputs), model.get_input_embeddings()(tokens)], 1)
-    lm = partial(model.model.language_model, attention_mask=additive_mask(visible, embeds), use_cache=False)
-    hidden = lm(inputs_embeds=embeds, position_ids=position).last_hidden_state  # (B, P+N, D)
+    hidden = model.model.language_model(
+        inputs_embeds=embeds,
+        attention_mask=additive_mask(visible, embeds),
+        position_ids=position,
+        use_cache=False,
+    ).last_hidden_state  # (B, P+N, D)
 
     # the column before a token predicts it; the prompt's last column predicts the first of every completion
     previous = torch.arange(P, P + packed.shape[1], device=ids.device) - 1
     predictor = torch.where(t == 0, P - 1, previous)  # (B, N)
-    hidden = hidden.gather(1, predictor[..., None].expand(-1, -1, hidden.shape[-1]))[real]  # (real tokens, D)
-    logits = model.lm_head(hidden).float() / temperature
-    logps = logits.gather(1, tokens[real][:, None])[:, 0] - logits.logsumexp(-1)
+    hidden = hidden.gather(1, predictor[..., None].expand(-1, -1, hidden.shape[-1]))
+    logits = model.lm_head(hidden[is_real]).float() / temperature  # (real tokens, V)
+    logps = logits.gather(1, tokens[is_real][:, None])[:, 0] - logits.logsumexp(-1)
     return logps.new_zeros(B, G * T).masked_scatter(flat_mask, logps).view(B, G, T)

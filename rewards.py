@@ -8,9 +8,10 @@ import math
 import re
 from collections import defaultdict
 
-from data import BadInput, blame, choice_at
+from cli import BadInput, located
+from data import choice_at
 
-TEXT = r"\s*(?!\s)(?:(?!</?(?:think|answer)>).)+"  # not blank, and no tag in it
+TEXT = r"\s*(?!\s)(?:(?!</?(?:think|answer)>).)+"  # not blank, and without any of the tags
 FORMATS = {
     "plain": TEXT,
     "answer": rf"\s*<answer>{TEXT}</answer>\s*",
@@ -20,12 +21,14 @@ FORMATS = {
 
 def extract_answer(completion: str, prompt: str) -> str:
     """The final answer: the first answer block, else (and for `plain`) the whole text; stripped."""
-    block = None if prompt == "plain" else re.search(r"<answer>(.*?)</answer>", completion, re.DOTALL)
+    block = None
+    if prompt != "plain":
+        block = re.search(r"<answer>(.*?)</answer>", completion, re.DOTALL)
     return (block[1] if block else completion).strip()
 
 
 def accuracy_reward(completion: str, answer: str, prompt: str) -> float:
-    """1 if the extracted answer equals the text of the true option, letter for letter; else 0."""
+    """1 if the extracted answer equals the text of the correct option, letter for letter; else 0."""
     return float(extract_answer(completion, prompt) == answer.strip())
 
 
@@ -39,64 +42,105 @@ def format_reward(completion: str, prompt: str) -> float:
 
 
 def mmau_match(prediction: str, answer: str, choices: list[str]) -> bool:
-    """MMAU's rule for a right answer, on sets of lower-case words.
+    """MMAU's rule for a correct answer, on sets of lower-case words.
 
-    Right if the prediction holds every word of the answer and no word that only another option has. Options
-    with the same words as the answer are ignored; an empty prediction is wrong.
+    Correct if the prediction contains every word of the answer and no word that only another option has.
+    Options with the same words as the answer are ignored; an empty prediction is wrong.
     """
-    predicted, true = words(prediction), words(answer)
-    wrong = set().union(*(words(choice) - true for choice in choices))
-    return bool(predicted) and true <= predicted and predicted.isdisjoint(wrong)
+    predicted = words(prediction)
+    correct = words(answer)
+    wrong = set()
+    for choice in choices:
+        wrong |= words(choice) - correct
+    return bool(predicted) and correct <= predicted and predicted.isdisjoint(wrong)
 
 
 def words(text: str) -> set[str]:
+    """The lower-case words of a text, as MMAU's script splits it."""
     return set(re.findall(r"\b\w+\b", text.lower()))
 
 
 # ---------------------------------------------------------------- scoring rows
 
-# keys of MMAU and, the last, of MMAR
+# columns of MMAU and, the last, of MMAR, by which accuracy is broken down
 GROUPS = ("task", "difficulty", "sub-category", "modality")
 
 
 def judge(row: object, location: str) -> bool | None:
-    """Whether a row's prediction is right by MMAU's rule; None where there is no answer to compare with."""
+    """Whether a row's prediction is correct by MMAU's rule; None if the row has no answer."""
     if not isinstance(row, dict):
         raise BadInput(f"{location}: not a JSON object")
-    if "unusable" in row:  # as evaluate.py marks what it could not read
+    if "unusable" in row:  # set by evaluate.py for a row that it could not read
         return False
     if row.get("answer") is None or row["answer"] == "":
         return None
-    return mmau_match(prediction_of(row) or "", *answer_and_choices(row, location))
+    answer, choices = answer_and_choices(row, location)
+    return mmau_match(prediction_of(row) or "", answer, choices)
 
 
 def answer_and_choices(row: dict, location: str) -> tuple[str, list[str]]:
     """The text of a row's answer, and its options."""
-    choices, answer = row.get("multi_choice" if "multi_choice" in row else "choices"), row["answer"]
+    answer = row["answer"]
+    is_avqa = "multi_choice" in row
+    choices = row.get("multi_choice" if is_avqa else "choices")
     if not isinstance(choices, list):
         raise BadInput(f"{location}: no list of options (key 'choices')")
-    if "multi_choice" in row:  # AVQA's answers are indices
-        with blame(location):
+    if is_avqa:
+        with located(location):
             answer = choice_at(answer, choices)
     return str(answer), [str(choice) for choice in choices]
 
 
 def prediction_of(row: dict) -> str | None:
-    """A row's prediction under either key of the benchmark's script; None where there is none, or nan."""
-    values = [row.get(key) for key in ("model_output", "model_prediction")]
-    values = [str(value) for value in values if value is not None and value == value]
-    return next(filter(str.strip, values), "" if values else None)
+    """A row's prediction under either key of the benchmark's script; None if it is missing or nan."""
+    found = None
+    for key in ("model_output", "model_prediction"):
+        value = row.get(key)
+        if value is None or value != value:  # nan, as pandas writes it, does not equal itself
+            continue
+        if str(value).strip():
+            return str(value)
+        found = ""
+    return found
+
+
+def score(rows: list[tuple]) -> dict:
+    """Accuracy of (row, location) pairs, overall and by group; a row without a prediction is wrong."""
+    marks = [judge(row, location) for row, location in rows]
+    odd_answers = 0
+    has_answers = False
+    for (row, location), mark in zip(rows, marks):
+        if mark is not None and "unusable" not in row:
+            has_answers = True
+            answer, choices = answer_and_choices(row, location)
+            odd_answers += words(answer) not in [words(choice) for choice in choices]
+    if not has_answers:  # as in MMAU's Test: then an unusable row is not wrong either
+        marks = [None] * len(rows)
+
+    only_rows = [row for row, _ in rows]
+    groups = {}
+    for key, parts in by_group(only_rows, marks).items():
+        groups[key] = {name: tally(part) for name, part in parts.items()}
+    return {
+        **tally([mark for mark in marks if mark is not None]),
+        "unanswered": marks.count(None),
+        "missing": sum(prediction_of(row) is None for row in only_rows),
+        "odd_answers": odd_answers,
+        "by": groups,
+    }
 
 
 def tally(marks: list[bool]) -> dict:
     """Accuracy with its interval; None for no marks."""
-    correct, total = sum(marks), len(marks)
-    accuracy, interval = (correct / total, wilson_interval(correct, total)) if total else (None, None)
+    correct = sum(marks)
+    total = len(marks)
+    accuracy = correct / total if total else None
+    interval = wilson_interval(correct, total) if total else None
     return {"accuracy": accuracy, "interval": interval, "correct": correct, "total": total}
 
 
 def by_group(rows: list[dict], values: list) -> dict[str, dict[str, list]]:
-    """The values, one a row, sorted into {key: {value of that key: [...]}}; None is left out."""
+    """The values, one per row, as {key: {value of that key: [...]}}; None is left out."""
     groups = {key: defaultdict(list) for key in GROUPS}
     for row, value in zip(rows, values, strict=True):
         for key in GROUPS:
@@ -105,44 +149,31 @@ def by_group(rows: list[dict], values: list) -> dict[str, dict[str, list]]:
     return {key: dict(sorted(group.items())) for key, group in groups.items()}
 
 
-def score(located: list[tuple]) -> dict:
-    """Accuracy of rows with their locations, overall and by group; one without a prediction is wrong."""
-    marks, rows = [judge(*row) for row in located], [row for row, _ in located]
-    judged = [row for row, mark in zip(located, marks) if mark is not None and "unusable" not in row[0]]
-    answers = [answer_and_choices(*row) for row in judged]
-    if not answers:  # MMAU's Test: what could not be read is not wrong either
-        marks = [None] * len(rows)
-    groups = by_group(rows, marks).items()
-    return {
-        **tally([mark for mark in marks if mark is not None]),
-        "unanswered": marks.count(None),
-        "missing": sum(prediction_of(row) is None for row in rows),
-        "odd_answers": sum(words(answer) not in map(words, choices) for answer, choices in answers),
-        "by": {key: {name: tally(part) for name, part in group.items()} for key, group in groups},
-    }
+# ---------------------------------------------------------------- uncertainty of an accuracy
 
-
-# ---------------------------------------------------------------- how sure an accuracy is
-
-Z = 1.959964  # 95 % of a normal distribution lie within so many standard deviations
+Z = 1.959964  # 95 % of a normal distribution lie within this many standard deviations
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     """The 95 % score interval of an accuracy (Wilson 1927)."""
-    p, scale = correct / total, 1 + Z * Z / total
+    p = correct / total
+    scale = 1 + Z * Z / total
     middle = (p + Z * Z / (2 * total)) / scale
     half = Z * math.sqrt(p * (1 - p) / total + (Z / (2 * total)) ** 2) / scale
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def mcnemar_p(b: int, c: int) -> float:
-    """Exact two-sided p-value where one model alone is right on b rows, the other on c (McNemar 1947)."""
+    """Exact two-sided p-value if one model alone is right on b rows, the other on c (McNemar 1947)."""
     return min(1.0, 2 * sum(math.comb(b + c, k) for k in range(min(b, c) + 1)) / 2 ** (b + c))
 
 
 def paired_difference(pairs: list[tuple[bool, bool]]) -> tuple[float, float, float, float]:
     """Second minus first accuracy, its 95 % interval (Bonett and Price 2012), and McNemar's p-value."""
-    n, b, c = len(pairs), sum(y and not x for x, y in pairs), sum(x and not y for x, y in pairs)
-    p, q = (b + 1) / (n + 2), (c + 1) / (n + 2)
+    n = len(pairs)
+    b = sum(second and not first for first, second in pairs)
+    c = sum(first and not second for first, second in pairs)
+    p = (b + 1) / (n + 2)
+    q = (c + 1) / (n + 2)
     half = Z * math.sqrt((p + q - (p - q) ** 2) / (n + 2))
     return (b - c) / n, max(-1.0, p - q - half), min(1.0, p - q + half), mcnemar_p(b, c)

@@ -4,169 +4,310 @@
     accelerate launch --config_file fsdp.yaml train_grpo.py \\
         --model Qwen/Qwen2-Audio-7B-Instruct --data avqa_train.jsonl --output runs/grpo    # the paper's run
 
-One step, for each of `prompts_per_step` questions q with their audio:
+One step, for each of `prompts_per_step` questions q with their audio (over all processes):
 
     1. sample      o_1..o_G ~ pi_old(. | q)                      a group of G completions
     2. reward      r_i = accuracy + format,  A_i = (r_i - mean(r)) / (std(r) + 1e-4)
     3. reference   log pi_ref(o_i | q)                           for each token
     4. update      ratio = pi / pi_old,  kl = pi_ref / pi - log(pi_ref / pi) - 1
                    L = - mean_i mean_t [min(ratio A_i, clip(ratio, 1 - eps, 1 + eps) A_i) - beta kl]
+
+`train` is the whole method, top to bottom; `compute_rewards` is what most people change.
 """
 
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
-from data import BadInput, Example, decode, printable, select_rows
+from checkpoints import save_checkpoint, save_final
+from cli import BadInput, check_at_least, is_given, located, parse, run_main
+from data import Batch, Example, decode, locations, read_batch, select_rows
 from evaluate import held_out_accuracy
-from flags import TrainConfig, check_at_least, is_given, parse, run_main
+from model import encode_audio, encoder_is_frozen, sample, sampling_noise, unsharded
 from rewards import accuracy_reward, format_reward
-from training import Run, accumulate, draw_groups, finish, followed_batch, generate, log, optimizer_step
-from training import policy_logps, reference_logps, setup, steps
+from training import (
+    Run,
+    TrainConfig,
+    announce,
+    append_rows,
+    check_update,
+    end_run,
+    log_metrics,
+    mean_over_processes,
+)
+from training import now, read_batches, reference_policy, setup, stop_together
 
 
 @dataclass
 class Config(TrainConfig):
     output: str = HfArg(default="runs/grpo", help="folder for metrics, checkpoints and the final model")
-    group_size: int = HfArg(default=8, help="G, completions drawn per prompt")
-    temperature: float = HfArg(default=1.0, help="divides the logits in sampling and in scoring")
+    group_size: int = HfArg(default=8, help="G, the number of completions per prompt")
+    temperature: float = HfArg(default=1.0, help="softmax temperature, for sampling and for log-probs")
     num_iterations: int = HfArg(default=1, help="updates per rollout; clipping has an effect only above 1")
-    beta: float = HfArg(default=0.04, help="weight of the KL; 0 loads no reference, and kl is logged as 0")
+    beta: float = HfArg(default=0.04, help="KL coefficient; 0 loads no reference, and kl is logged as 0")
     epsilon: float = HfArg(default=0.2, help="the ratio is clipped to 1 - epsilon .. 1 + epsilon")
-    samples_every: int = HfArg(default=50, help="steps between the groups in samples.jsonl; 0: none")
+    samples_every: int = HfArg(default=50, help="write samples.jsonl every this many steps; 0: never")
+
+
+# ---------------------------------------------------------------- rewards, advantages, loss
+
+
+def compute_rewards(examples: list[Example], texts: list[list[str]], prompt: str) -> dict[str, torch.Tensor]:
+    """Return each part of the reward by name, as a (B, G) tensor; texts[b][g] is completion g for example b.
+
+    The reward is their sum, and each part is logged as reward_<name>. Change the reward here: an example
+    has question, choices, answer, audio (a path) and row, the complete record from your data file.
+    """
+    accuracy = torch.zeros(len(texts), len(texts[0]))  # (B, G)
+    well_formed = torch.zeros_like(accuracy)
+    for b, example in enumerate(examples):
+        for g, completion in enumerate(texts[b]):
+            accuracy[b, g] = accuracy_reward(completion, example.answer, prompt)
+            well_formed[b, g] = format_reward(completion, prompt)
+    return {"accuracy": accuracy, "format": well_formed}
 
 
 def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
-    """A (B, G) = (r - mean) / (std + 1e-4) within each group; std with G - 1, as in TRL and R1-AQA."""
+    """A (B, G) = (r - mean) / (std + 1e-4) within each group; std divides by G - 1, as in TRL and R1-AQA."""
     return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
 
 
 def completion_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of x (B, G, T) over the tokens of a completion, then over completions: 1/G sum_i 1/|o_i| sum_t."""
+    """Mean of x (B, G, T) over the tokens of each completion, then over all completions: mean_i mean_t."""
     return ((x * mask).sum(-1) / mask.sum(-1)).mean()
 
 
 def grpo_loss(logps, old_logps, ref_logps, advantages, mask, epsilon: float, beta: float):
-    """The loss, the KL and the share of clipped tokens: three scalars (arXiv 2402.03300, eq. 3 and 4).
+    """The loss, the KL and the fraction of clipped tokens: three scalars (arXiv 2402.03300, eq. 3 and 4).
 
-    logps, old_logps, ref_logps, mask: (B, G, T); advantages: (B, G). ref_logps may be None where beta is 0.
+    logps, old_logps, ref_logps, mask: (B, G, T); advantages: (B, G). ref_logps may be None if beta is 0.
     """
-    ratio, A = torch.exp(logps - old_logps), advantages[..., None]
-    unclipped, clipped = ratio * A, ratio.clamp(1 - epsilon, 1 + epsilon) * A
+    ratio = torch.exp(logps - old_logps)
+    A = advantages[..., None]  # (B, G, 1): one advantage for all tokens of a completion
+    unclipped = ratio * A
+    clipped = ratio.clamp(1 - epsilon, 1 + epsilon) * A
+
     log_ref_ratio = torch.zeros_like(logps) if ref_logps is None else ref_logps - logps  # log(pi_ref / pi)
-    kl = torch.exp(log_ref_ratio) - log_ref_ratio - 1  # the k3 estimator of KL(pi || pi_ref)
+    kl = torch.exp(log_ref_ratio) - log_ref_ratio - 1  # the k3 estimator of KL(pi || pi_ref), per token
+
     loss = -completion_mean(torch.min(unclipped, clipped) - beta * kl, mask)
-    return loss, completion_mean(kl.detach(), mask), completion_mean((clipped < unclipped).float(), mask)
+    clip_fraction = completion_mean((clipped < unclipped).float(), mask)
+    return loss, completion_mean(kl.detach(), mask), clip_fraction
+
+
+# ---------------------------------------------------------------- training
 
 
 def train(config: Config) -> None:
     check_at_least(config, group_size=2, num_iterations=1, max_steps=1, beta=0, epsilon=0, samples_every=0)
     if config.temperature <= 0:
         raise BadInput(f"--temperature must be above 0, not {config.temperature}")
+    # run.model is the plain model, which samples; run.policy wraps it for DDP or FSDP2 and returns log-probs,
+    # of the same distribution: logits divided by the temperature
     run = setup(config, config.temperature, with_reference=config.beta > 0)
-    # besides the batch, steps() sees to evaluation, learning rate, checkpoints and signals
-    for step, batch in steps(run, held_out_accuracy, followed_groups):
-        # 1. sample G completions for each of this process's B prompts; mask: True through the first EOS
-        ids, mask = generate(run, batch, config.group_size, config.temperature)  # (B, G, T)
+    accelerator = run.accelerator
+    device = accelerator.device
+    batches = read_batches(run)  # one for each step that is left, prepared ahead by a thread
+    with stop_together(run, run.first_step):
+        preview = read_preview(run)
+    progress = tqdm(initial=run.first_step, total=config.max_steps, disable=not accelerator.is_main_process)
 
-        # 2. reward each completion and compare it with its group
-        texts, accuracy, formats, rewards = reward_groups(run, batch.examples, ids, mask)  # [B][G]; (B, G)
-        advantages = group_advantages(rewards).to(ids.device)
+    for step in range(run.first_step, config.max_steps + 1):
+        is_last = step == config.max_steps  # the final pass only saves, evaluates and samples
 
-        # 3. log-probs under the reference: a list of (micro_batch, G, T), or of None where beta is 0
-        ref_logps = reference_logps(run, batch, ids, mask)
+        # Every n steps. If one process hits an error or receives a signal inside stop_together, all processes
+        # save a checkpoint and stop; otherwise the others would wait for it forever
+        if step > run.first_step and step % config.save_every == 0:
+            save_checkpoint(run, step)
+        if run.eval_examples and (is_last or step % config.eval_every == 0):
+            with stop_together(run, step):
+                accuracy = held_out_accuracy(run)
+                announce(run, f"step {step}: held-out accuracy {accuracy:.1%}")
+                log_metrics(run, step, {"eval_accuracy": accuracy})
+        if config.samples_every and (is_last or step % config.samples_every == 0):
+            with stop_together(run, step):
+                write_preview(run, preview, step)
+        if is_last:
+            break
 
-        # 4. update the policy; until the first update pi is pi_old, so its log-probs serve as old_logps:
-        # the ratio is then 1, with the gradient of log pi
-        old_logps, results = [], []
+        started = now()
+        with stop_together(run, step):
+            batch = next(batches)  # this process's B prompts
+        if step in config.skip_steps:
+            announce(run, f"step {step}: skipped (listed in --skip_steps)")
+            progress.update()
+            continue
+
+        # 1. sample G completions for each prompt; mask is True up to and including the first EOS
+        with stop_together(run, step):
+            ids, mask = sample_groups(run, batch)  # (B, G, T)
+        sampled = now()
+
+        # 2. reward each completion, and compare it with its group
+        with stop_together(run, step):
+            texts = decode(run.processor, run.eos_ids, ids, mask)  # [B][G]
+            rewards = compute_rewards(batch.examples, texts, config.prompt)  # {name: (B, G)}
+        total_reward = sum(rewards.values())
+        advantages = group_advantages(total_reward).to(device)
+
+        # 3. log-probs under the frozen reference: the model as it was before training
+        ref_logps = None
+        if config.beta > 0:
+            with reference_policy(run) as reference:
+                ref_logps = []
+                for rows in run.micro_batches:  # slices of the B prompts
+                    ref_logps.append(reference(select_rows(batch.inputs, rows), ids[rows], mask[rows]))
+                ref_logps = torch.cat(ref_logps)  # (B, G, T)
+        scored = now()
+
+        # 4. update the policy, --num_iterations times
+        for param_group in run.optimizer.param_groups:
+            param_group["lr"] = config.lr * (1 - step / config.max_steps)
+        torch.manual_seed(config.seed + batch.first)  # so that a resumed run draws the same LoRA dropout
+        run.policy.train()
+        old_logps = torch.empty(ids.shape, device=device)  # filled by the first iteration
+        stats = []
         for iteration in range(config.num_iterations):
-            for i, rows in enumerate(run.micro_batches):
-                with accumulate(run, rows):
-                    logps = policy_logps(run, select_rows(batch.inputs, rows), ids[rows], mask[rows])
+            losses = []
+            for rows in run.micro_batches:
+                # DDP synchronizes gradients in the last micro-batch only. FSDP2 does so in every one;
+                # otherwise it would have to keep full, unsharded gradients
+                sync_gradients = rows == run.micro_batches[-1] or accelerator.is_fsdp2
+                with nullcontext() if sync_gradients else accelerator.no_sync(run.policy):
+                    with accelerator.autocast():
+                        logps = run.policy(select_rows(batch.inputs, rows), ids[rows], mask[rows])
                     if iteration == 0:
-                        old_logps.append(logps.detach())
+                        # The policy has not changed since it sampled, so its own log-probs are old_logps:
+                        # the ratio is 1, but its gradient is still that of log pi
+                        old_logps[rows] = logps.detach()
                     loss, kl, clip_fraction = grpo_loss(
-                        logps, old_logps[i], ref_logps[i], advantages[rows], mask[rows],
-                        config.epsilon, config.beta,
-                    )  # fmt: skip
-                    # gradients are averaged over micro-batches here, over processes by DDP or FSDP2
-                    run.accelerator.backward(loss / len(run.micro_batches))
-                results.append(torch.stack([loss.detach(), kl, clip_fraction]))
-            # clips the gradient to norm 1, updates, clears it; refuses results and gradients not finite
-            grad_norm = optimizer_step(run, step, batch, results[-len(run.micro_batches) :])
+                        logps,
+                        old_logps[rows],
+                        None if ref_logps is None else ref_logps[rows],
+                        advantages[rows],
+                        mask[rows],
+                        config.epsilon,
+                        config.beta,
+                    )
+                    # dividing averages over micro-batches; DDP or FSDP2 averages over processes
+                    accelerator.backward(loss / len(run.micro_batches))
+                losses.append(loss.detach())
+                stats.append(torch.stack([loss.detach(), kl, clip_fraction]))
 
-        metrics = group_metrics(run, texts, ids, mask, accuracy, formats, rewards) | {"grad_norm": grad_norm}
-        metrics |= zip(("loss", "kl", "clip_fraction"), torch.stack(results).mean(0).tolist())
-        log(run, metrics, shown=("reward", "reward_accuracy", "kl"))
-    finish(run, held_out_accuracy, followed_groups)
+            # clips in place, and returns the norm that the gradient had before
+            grad_norm = float(accelerator.clip_grad_norm_(run.policy.parameters(), 1.0))
+            # after the first iteration the step is partly done, so there is no clean state to save
+            with stop_together(run, step, can_save=iteration == 0):
+                check_update(run, step, batch, losses, grad_norm)
+            run.optimizer.step()
+            # DDP's gradients are views into its buckets; set to None, they would be allocated a second time
+            run.optimizer.zero_grad(set_to_none=not isinstance(run.policy, DistributedDataParallel))
+        updated = now()
+
+        loss, kl, clip_fraction = torch.stack(stats).mean(0)  # over micro-batches and iterations
+        metrics = {
+            "reward": total_reward.mean(),
+            **{f"reward_{name}": part.mean() for name, part in rewards.items()},
+            **completion_metrics(run, texts, ids, mask, total_reward),
+            "loss": loss,
+            "kl": kl,
+            "clip_fraction": clip_fraction,
+            "grad_norm": grad_norm,
+            "lr": run.optimizer.param_groups[0]["lr"],
+            **batch.metrics,  # clips that were cut or skipped
+            "seconds_sample": sampled - started,
+            "seconds_score": scored - sampled,  # rewards and reference
+            "seconds_update": updated - scored,
+        }
+        if device.type == "cuda":
+            metrics["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9  # the peak so far
+        metrics = mean_over_processes(run, metrics)
+        with stop_together(run, step + 1):
+            log_metrics(run, step, metrics)
+        names = ("reward", "reward_accuracy", "kl")
+        progress.set_postfix({name: f"{metrics[name]:.3g}" for name in names if name in metrics})
+        progress.update()
+
+    progress.close()
+    save_final(run)
+    accelerator.print(f"model saved to {config.output}; for a report: python -m tools.report {config.output}")
+    end_run(run)
 
 
-def reward_groups(run: Run, examples: list[Example], ids, mask) -> tuple:
-    """Texts [B][G] of completions (B, G, T), and their accuracy, format and reward: (B, G) each."""
-    texts, prompt = decode(run.processor, run.eos_ids, ids, mask), run.config.prompt
-    accuracy, formats = torch.zeros(ids.shape[:2]), torch.zeros(ids.shape[:2])
-    for b, (example, group) in enumerate(zip(examples, texts)):
-        accuracy[b] = torch.tensor([accuracy_reward(o, example.answer, prompt) for o in group])
-        formats[b] = torch.tensor([format_reward(o, prompt) for o in group])
-    rewards = accuracy + formats
-    return texts, accuracy, formats, rewards
+def sample_groups(run: Run, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """G completions for each prompt of the batch: ids and mask (B, G, T)."""
+    config = run.config
+    B, G, T = len(batch.examples), config.group_size, config.max_new_tokens
+    noise = sampling_noise(config.seed, batch.first, B, G, T).to(run.accelerator.device)
+    run.policy.eval()
+    with torch.no_grad(), run.accelerator.autocast(), unsharded(run.policy):
+        if encoder_is_frozen(run.model):  # encode the audio once, for sampling, scoring and update
+            batch.inputs["encoded_audio"] = encode_audio(run.model, batch.inputs)
+        with located(f"batch of {locations(batch.examples)}", BadInput):
+            return sample(run.model, batch.inputs, run.eos_ids, T, config.temperature, noise)
 
 
-def group_metrics(run: Run, texts: list[list[str]], ids, mask, accuracy, formats, rewards) -> dict:
-    """Metrics of this process's groups. ids, mask: (B, G, T); accuracy, formats, rewards: (B, G)."""
-    reward_std, lengths = rewards.std(1), mask.sum(-1).float()  # (B,), (B, G)
+def completion_metrics(run: Run, texts: list[list[str]], ids, mask, rewards) -> dict:
+    """Metrics of completions. texts: [B][G]; ids, mask: (B, G, T); rewards: (B, G)."""
+    reward_std = rewards.std(1)  # (B,)
+    lengths = mask.sum(-1).float()  # (B, G)
     has_ended = torch.isin(ids, torch.tensor(run.eos_ids, device=ids.device)).any(-1)  # (B, G)
     metrics = {
-        "reward": rewards.mean(),
-        "reward_accuracy": accuracy.mean(),
-        "reward_format": formats.mean(),
         "reward_std": reward_std.mean(),
-        "zero_std_groups": (reward_std == 0).float().mean(),  # advantage 0: only the KL acts on these
+        "zero_std_groups": (reward_std == 0).float().mean(),  # all advantages are 0: only the KL acts
         "completion_tokens": lengths.mean(),
         "truncated": (~has_ended).float().mean(),
-        "unique_completions": sum(len(set(group)) for group in texts) / len(texts),  # a group, 1 to G
+        "unique_completions": sum(len(set(group)) for group in texts) / len(texts),  # per group, 1 to G
     }
     if run.config.prompt == "think":
-        thoughts = [o.partition("<answer>")[0] for group in texts for o in group]  # with their tags
+        thoughts = [text.partition("<answer>")[0] for group in texts for text in group]
         tokenized = run.processor.tokenizer(thoughts, add_special_tokens=False)["input_ids"]
-        tokens = sum(map(len, tokenized)) / len(thoughts)
-        metrics |= {"thinking_tokens": tokens, "answer_tokens": lengths.mean() - tokens}
+        thinking_tokens = sum(len(tokens) for tokens in tokenized) / len(thoughts)
+        metrics["thinking_tokens"] = thinking_tokens
+        metrics["answer_tokens"] = lengths.mean() - thinking_tokens
     return metrics
 
 
-def followed_groups(run: Run, step: int) -> list[dict]:
-    """Rows of samples.jsonl: a few prompts with their groups before `step`; nothing is trained on them.
+def read_preview(run: Run) -> Batch:
+    """The first prompts of the run, five at most, whose completions samples.jsonl records again and again."""
+    count = min(5, run.config.prompts_per_step, len(run.examples))
+    batch = read_batch(run.processor, run.examples, run.config, 0, count)
+    batch.inputs = {name: value.to(run.accelerator.device) for name, value in batch.inputs.items()}
+    return batch
 
-    The random numbers are the same each time, so that what changes is the policy.
+
+def write_preview(run: Run, batch: Batch, step: int) -> None:
+    """Sample the preview's prompts for samples.jsonl and print one group; nothing is trained on them.
+
+    Prompts and random numbers are the same every time, so any change comes from the policy.
     """
-    batch, config = followed_batch(run), run.config
-    ids, mask = draw_groups(run, batch, config.group_size, config.temperature)  # (B, G, T)
-    texts, _, _, rewards = reward_groups(run, batch.examples, ids, mask)
-    numbers, rows = (rewards.tolist(), group_advantages(rewards).tolist()), []
-    for example, group, r, A in zip(batch.examples, texts, *numbers):
-        row = {"step": step, "audio": example.audio, "question": example.question}
-        row |= {"choices": example.choices, "answer": example.answer, "completions": group}
-        rows.append(row | {"rewards": r, "advantages": [round(a, 4) for a in A]})
-    if run.accelerator.is_main_process:
-        show_group(rows[0])
-    return rows
+    ids, mask = sample_groups(run, batch)
+    texts = decode(run.processor, run.eos_ids, ids, mask)
+    rewards = sum(compute_rewards(batch.examples, texts, run.config.prompt).values())
+    advantages = group_advantages(rewards)
+    lines = []
+    for b, example in enumerate(batch.examples):
+        line = {"step": step, "audio": example.audio, "question": example.question}
+        line |= {"choices": example.choices, "answer": example.answer, "completions": texts[b]}
+        line |= {"rewards": rewards[b].tolist(), "advantages": [round(A, 4) for A in advantages[b].tolist()]}
+        lines.append(line)
+    append_rows(run, "samples.jsonl", lines)
 
-
-def show_group(row: dict) -> None:
-    """Print a row of samples.jsonl."""
-    lines = [f"step {row['step']}: {row['question']} {row['choices']} -> {row['answer']}"]
-    for text, r, A in zip(row["completions"], row["rewards"], row["advantages"]):
-        lines.append(f"  reward {r:.0f}  advantage {A:+.2f}  {text!r}")
-    tqdm.write(printable("\n".join(lines)))
+    first = lines[0]
+    announce(run, f"step {step}: {first['question']} {first['choices']} -> {first['answer']}")
+    for text, reward, A in zip(first["completions"], first["rewards"], first["advantages"]):
+        announce(run, f"  reward {reward:.4g}  advantage {A:+.2f}  {text!r}")
 
 
 def main() -> None:
     config = parse(Config, __doc__)
     if not is_given("--model", "--data"):
-        from toy import toy_flags  # neither flag is given: the offline toy
+        from toy import toy_flags  # neither flag was given: run the offline toy
 
         config = parse(Config, __doc__, toy_flags("grpo", config) + sys.argv[1:])
     train(config)

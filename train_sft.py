@@ -11,17 +11,22 @@ data order, same flags where they mean the same.
 
 import math
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
-from data import BadInput, Example, select_rows
+from checkpoints import save_checkpoint, save_final
+from cli import BadInput, check_at_least, is_given, parse, run_main
+from data import Example, select_rows
 from evaluate import held_out_accuracy
-from flags import TrainConfig, check_at_least, is_given, parse, run_main
-from model import turn_end
+from model import end_of_turn
 from rewards import format_reward
-from training import accumulate, finish, log, optimizer_step, policy_logps, setup, steps
+from training import TrainConfig, announce, check_update, end_run, log_metrics, mean_over_processes, now
+from training import read_batches, setup, stop_together
 
 
 @dataclass
@@ -34,18 +39,21 @@ class Config(TrainConfig):
 
 
 def target_text(example: Example, prompt: str) -> str:
-    """What is imitated: the answer, in its block unless the prompt is plain; for `think` after a thought."""
-    answer = example.answer if prompt == "plain" else f"<answer>{example.answer}</answer>"
-    return f"<think>{example.thought}</think>{answer}" if prompt == "think" else answer
+    """The text to imitate: the answer, in a block unless the prompt is plain; for `think` after a thought."""
+    if prompt == "plain":
+        return example.answer
+    block = f"<answer>{example.answer}</answer>"
+    return f"<think>{example.thought}</think>{block}" if prompt == "think" else block
 
 
-def answer_batch(processor, examples: list[Example], prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
+def make_targets(processor, examples: list[Example], prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Targets as groups of one: ids and mask (B, 1, T), each ending as the chat template ends a turn."""
     texts = [target_text(example, prompt) for example in examples]
-    targets = processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    targets = [torch.tensor([*target, turn_end(processor)]) for target in targets]
+    tokenized = processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    targets = [torch.tensor([*tokens, end_of_turn(processor)]) for tokens in tokenized]
     ids = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-1)  # (B, T)
-    return ids.clamp_min(0)[:, None], (ids >= 0)[:, None]
+    mask = ids >= 0
+    return ids.clamp_min(0)[:, None], mask[:, None]
 
 
 def train(config: Config) -> None:
@@ -57,23 +65,82 @@ def train(config: Config) -> None:
         if config.prompt == "think" and not format_reward(target_text(example, "think"), "think"):
             raise BadInput(f"{example.location}: no thought to imitate (key 'thought', text without tags)")
     run.max_steps = config.max_steps or math.ceil(config.epochs * len(run.examples) / config.prompts_per_step)
-    for step, batch in steps(run, held_out_accuracy):
-        answers = answer_batch(run.processor, batch.examples, config.prompt)
-        ids, mask = (tensor.to(run.accelerator.device) for tensor in answers)  # (B, 1, T)
-        n_tokens = run.accelerator.reduce(mask.sum(), "sum")  # answer tokens of the whole step
+    accelerator = run.accelerator
+    device = accelerator.device
+    batches = read_batches(run)
+    progress = tqdm(initial=run.first_step, total=run.max_steps, disable=not accelerator.is_main_process)
 
+    for step in range(run.first_step, run.max_steps + 1):
+        is_last = step == run.max_steps  # the final pass only saves and evaluates
+
+        # Every n steps. If one process hits an error or receives a signal inside stop_together, all processes
+        # save a checkpoint and stop; otherwise the others would wait for it forever
+        if step > run.first_step and step % config.save_every == 0:
+            save_checkpoint(run, step)
+        if run.eval_examples and (is_last or step % config.eval_every == 0):
+            with stop_together(run, step):
+                accuracy = held_out_accuracy(run)
+                announce(run, f"step {step}: held-out accuracy {accuracy:.1%}")
+                log_metrics(run, step, {"eval_accuracy": accuracy})
+        if is_last:
+            break
+
+        started = now()
+        with stop_together(run, step):
+            batch = next(batches)  # this process's B examples
+        if step in config.skip_steps:
+            announce(run, f"step {step}: skipped (listed in --skip_steps)")
+            progress.update()
+            continue
+        targets = make_targets(run.processor, batch.examples, config.prompt)
+        ids, mask = (tensor.to(device) for tensor in targets)  # (B, 1, T)
+        n_tokens = accelerator.reduce(mask.sum(), "sum")  # answer tokens of the step, over all processes
+
+        for param_group in run.optimizer.param_groups:
+            param_group["lr"] = config.lr * (1 - step / run.max_steps)
+        torch.manual_seed(config.seed + batch.first)  # so that a resumed run draws the same LoRA dropout
+        run.policy.train()
         losses = []
         for rows in run.micro_batches:
-            with accumulate(run, rows):
-                logps = policy_logps(run, select_rows(batch.inputs, rows), ids[rows], mask[rows])
-                # DDP takes the mean of gradients over processes; the loss is a sum over all of them
-                loss = -logps.sum() / n_tokens * run.accelerator.num_processes
-                run.accelerator.backward(loss)
+            # DDP synchronizes gradients in the last micro-batch only. FSDP2 does so in every one;
+            # otherwise it would have to keep full, unsharded gradients
+            sync_gradients = rows == run.micro_batches[-1] or accelerator.is_fsdp2
+            with nullcontext() if sync_gradients else accelerator.no_sync(run.policy):
+                with accelerator.autocast():
+                    logps = run.policy(select_rows(batch.inputs, rows), ids[rows], mask[rows])
+                # DDP takes the mean of the gradients over processes; the loss is a sum over all of them
+                loss = -logps.sum() / n_tokens * accelerator.num_processes
+                accelerator.backward(loss)
             losses.append(loss.detach())
-        grad_norm = optimizer_step(run, step, batch, losses)
-        metrics = {"loss": sum(losses), "grad_norm": grad_norm, "tokens": n_tokens}
-        log(run, metrics, shown=("loss",))
-    finish(run, held_out_accuracy)
+        # clips in place, and returns the norm that the gradient had before
+        grad_norm = float(accelerator.clip_grad_norm_(run.policy.parameters(), 1.0))
+        with stop_together(run, step):
+            check_update(run, step, batch, losses, grad_norm)
+        run.optimizer.step()
+        # DDP's gradients are views into its buckets; set to None, they would be allocated a second time
+        run.optimizer.zero_grad(set_to_none=not isinstance(run.policy, DistributedDataParallel))
+        updated = now()
+
+        metrics = {
+            "loss": sum(losses),
+            "grad_norm": grad_norm,
+            "tokens": n_tokens,
+            "lr": run.optimizer.param_groups[0]["lr"],
+            **batch.metrics,  # clips that were cut or skipped
+            "seconds_update": updated - started,
+        }
+        if device.type == "cuda":
+            metrics["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9  # the peak so far
+        metrics = mean_over_processes(run, metrics)
+        with stop_together(run, step + 1):
+            log_metrics(run, step, metrics)
+        progress.set_postfix({"loss": f"{metrics['loss']:.3g}"})
+        progress.update()
+
+    progress.close()
+    save_final(run)
+    accelerator.print(f"model saved to {config.output}; for a report: python -m tools.report {config.output}")
+    end_run(run)
 
 
 def main() -> None:

@@ -1,15 +1,14 @@
-"""Everything of a training run but the algorithm: settings, setup, the loop over steps, several processes.
+"""What every training run needs and no algorithm: settings, setup, batches, logging, stopping.
 
-A script gets a run from `setup`, loops over `steps`, and ends with `finish`; what happens in a step is in
-`train_grpo.py` and `train_sft.py`.
+The training steps themselves are in `train_grpo.py` and `train_sft.py`.
 """
 
+import json
 import os
 import signal
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
@@ -20,19 +19,71 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
 from tqdm import tqdm
+from transformers.hf_argparser import HfArg
 
-from checkpoints import append_metrics, append_rows, is_saved, mean_over_processes, read_metrics, resume
-from checkpoints import save_checkpoint, save_final
-from data import LOCK, BadInput, Batch, Example, check_audio, load_examples, lock_folder
-from data import made_ahead, read_batch, select_rows
-from flags import TrainConfig, check_settings, warn_of_a_gpu_not_found, warn_of_clips_by_name
-from model import NotFinite, encode_audio, encoder_is_frozen, eos_tokens, sample, sampling_noise
-from policy import Policy, check_memory, load_frozen, load_policy, weights_hash, with_whole_weights
+from checkpoints import is_saved, resume, save_checkpoint
+from cli import BadInput, check_at_least, located, printable, say
+from data import LOCK, PROMPTS, Batch, Example, check_audio, load_examples, lock_folder, prefetch, read_batch
+from model import DEFAULT_MODEL, Policy, eos_tokens, load_frozen, load_policy, weights_hash
 
-# ---------------------------------------------------------------- a run
+# ---------------------------------------------------------------- settings
+
+
+@dataclass
+class TrainConfig:
+    """Settings that GRPO and SFT share."""
+
+    model: str = HfArg(default=DEFAULT_MODEL, help="hub name or folder of a supported model")
+    data: str = HfArg(default="", help="training questions: JSON or JSON Lines, see README")
+    audio_dir: str = HfArg(default="", help="folder of the clips; empty: beside the questions")
+    skip_bad_audio: bool = HfArg(default=False, help="skip and count clips that cannot be read")
+    eval_data: str = HfArg(default="", help="held-out questions for accuracy during training; empty: none")
+    eval_every: int = HfArg(default=100, help="steps between two evaluations")
+    eval_batch_size: int = HfArg(default=16, help="questions per forward pass in evaluations")
+    output: str = HfArg(default="runs/train", help="folder for metrics, checkpoints and the final model")
+    prompt: str = HfArg(default="answer", help="plain, answer or think: prompt, format reward and extraction")
+    max_new_tokens: int = HfArg(default=256, help="longer completions are truncated and counted")
+    prompts_per_step: int = HfArg(default=16, help="prompts per step, over all processes")
+    micro_batch: int = HfArg(default=1, help="prompts per forward pass on one process; results do not change")
+    lr: float = HfArg(default=1e-6, help="AdamW's learning rate at the start, decaying linearly to 0")
+    max_steps: int = HfArg(default=1000, help="steps of prompts_per_step prompts")
+    resume: bool = HfArg(default=False, help="continue from the newest checkpoint in --output")
+    save_every: int = HfArg(default=100, help="steps between checkpoints")
+    keep_states: int = HfArg(default=1, help="number of checkpoints that stay resumable; all keep the model")
+    skip_steps: list[int] = HfArg(default_factory=list, help="steps to skip, such as one with a nan loss")
+    seed: int = HfArg(default=42, help="seeds data order, sampling, new adapters and their dropout")
+    freeze_audio_encoder: bool = HfArg(default=False, help="train the language model and the projector only")
+    lora_rank: int = HfArg(default=0, help="train adapters of this rank (LoRA); 0: train the weights")
+    lora_alpha: float = HfArg(default=32.0, help="the adapters' output is multiplied by alpha / rank")
+    lora_dropout: float = HfArg(default=0.0, help="before the adapters, in updates only")
+    lora_target: str = HfArg(default="language", help="layers: language, all (the encoder's too), or a regex")
+    merge: bool = HfArg(default=False, help="LoRA: also write the merged final model, to merged in --output")
+    gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, more time")
+    log_with: str = HfArg(default="", help="tensorboard or wandb, in addition to metrics.jsonl")
+
+
+def check_settings(config: TrainConfig, processes: int) -> None:
+    """Raise BadInput for settings that no training run can have."""
+    if config.prompt not in PROMPTS:
+        raise BadInput(f"--prompt {config.prompt}: unknown, choose one of {', '.join(PROMPTS)}")
+    if not config.data:
+        raise BadInput("--data is missing: the file of training questions")
+    check_at_least(config, prompts_per_step=1, micro_batch=1, max_new_tokens=1, eval_batch_size=1)
+    check_at_least(config, save_every=1, eval_every=1, keep_states=1, lr=0, seed=0, lora_rank=0, lora_alpha=0)
+    if not 0 <= config.lora_dropout < 1:
+        raise BadInput(f"--lora_dropout must be at least 0 and below 1, not {config.lora_dropout}")
+    if config.merge and not config.lora_rank:
+        raise BadInput("--merge needs LoRA adapters, but --lora_rank is 0")
+    if config.freeze_audio_encoder and config.lora_rank:
+        raise BadInput("--freeze_audio_encoder is for training without LoRA; see --lora_target")
+    if config.prompts_per_step % (processes * config.micro_batch):
+        share = f"{processes} process(es) x --micro_batch {config.micro_batch}"
+        raise BadInput(f"--prompts_per_step {config.prompts_per_step} is not a multiple of {share}")
+
+
+# ---------------------------------------------------------------- setup
 
 
 @dataclass
@@ -46,381 +97,261 @@ class Run:
     model: nn.Module
     processor: object
     adapters: object  # peft's view of the model; None without LoRA
+    policy: nn.Module  # a Policy around the model, as accelerate wraps it
+    reference: nn.Module  # a second Policy; under LoRA the policy itself; None without KL
+    optimizer: torch.optim.Optimizer
+    fused_optimizer: bool
+    eos_ids: list[int]
     max_steps: int
-    policy: nn.Module = None  # a Policy around the model, as accelerate wraps it
-    reference: nn.Module = None  # another; under LoRA the policy itself; None without KL
-    optimizer: torch.optim.Optimizer = None
-    eos_ids: list[int] = None
-    data_hash: str = ""  # of the training questions as they were read
-    base_hash: str = ""  # of the weights that training starts from
-    lock: object = None  # on the output folder
-    followed: Batch = None  # prompts whose groups samples.jsonl shows again and again
-    interrupted: "Interrupted" = None
+    prompts: int  # per step on this process
+    micro_batches: list[slice]  # rows of a batch that go through one forward pass
+    data_hash: str  # of the training questions
+    base_hash: str  # of the weights that training starts from
+    lock: object  # on the output folder
     first_step: int = 0
-    bar: tqdm = None
-    updates: int = 0  # of the current step, as these are
-    metrics: dict = field(default_factory=dict)
-    seconds: dict = field(default_factory=lambda: defaultdict(float))  # by phase
-    last_lap: float = 0.0
-
-    @property
-    def prompts(self) -> int:
-        """Prompts of a step on this process."""
-        return self.config.prompts_per_step // self.accelerator.num_processes
-
-    @property
-    def micro_batches(self) -> list[slice]:
-        """The rows of a batch that go through one forward together."""
-        size = self.config.micro_batch
-        return [slice(i, i + size) for i in range(0, self.prompts, size)]
+    signals: list[int] = field(default_factory=list)  # numbers of the signals received
 
 
 def setup(config: TrainConfig, temperature: float = 1.0, with_reference: bool = False) -> Run:
-    """Check all that can be checked, read the questions, load the models, resume."""
+    """Check everything that can be checked, read the questions, load the models, resume."""
     accelerator = make_accelerator(config)
     check_settings(config, accelerator.num_processes)
-    examples, eval_examples, data_hash = load_questions(config, accelerator)
+    examples, data_hash = load_questions(accelerator, config, config.data)
+    eval_examples = []
+    if config.eval_data:
+        eval_examples, _ = load_questions(accelerator, config, config.eval_data)
     lock = make_output(config, accelerator)
+
     model, processor, adapters = load_policy(config, accelerator)
-    run = Run(config, accelerator, examples, eval_examples, model, processor, adapters, config.max_steps)
-    run.data_hash, run.base_hash, run.lock = data_hash, weights_hash(model), lock
-    run.eos_ids = eos_tokens(run.model, run.processor)
-    separate_reference = with_reference and not run.adapters
-    check_memory(accelerator, run.model, separate_reference)
-    trained = [p for p in run.model.parameters() if p.requires_grad]
-    fused = accelerator.device.type == "cuda"  # under FSDP2 the default updates tensors one by one
+    base_hash = weights_hash(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    parameters = f"{model.num_parameters() / 1e6:,.1f} M parameters"
+    accelerator.print(f"{parameters}, {sum(p.numel() for p in trained) / 1e6:,.1f} M trained")
+
+    fused = accelerator.device.type == "cuda"  # under FSDP2 the default would update tensors one by one
     optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=0.0, fused=fused)
-    run.policy, run.optimizer = accelerator.prepare(Policy(run.model, temperature), optimizer)
-    register_fsdp_forward_method(run.policy, "call")  # for with_whole_weights; nothing without FSDP2
-    run.reference = run.policy if with_reference else None  # under LoRA, with its adapters off
-    if separate_reference:
-        reference = Policy(load_frozen(config, accelerator)[0], temperature)
+    policy, optimizer = accelerator.prepare(Policy(model, temperature), optimizer)
+    register_fsdp_forward_method(policy, "initialize")  # does nothing without FSDP2
+    accelerator.unwrap_model(policy).initialize()
+
+    reference = None
+    if with_reference and adapters:
+        reference = policy
+    elif with_reference:
+        frozen, _ = load_frozen(config, accelerator)
+        reference = Policy(frozen, temperature)
         if accelerator.is_fsdp2:  # accelerate's own prepare takes only one model
-            run.reference = fsdp2_prepare_model(accelerator, reference)
+            reference = fsdp2_prepare_model(accelerator, reference)
         else:
-            run.reference = reference.to(accelerator.device)
+            reference = reference.to(accelerator.device)
+
+    prompts = config.prompts_per_step // accelerator.num_processes
+    micro_batches = [slice(i, i + config.micro_batch) for i in range(0, prompts, config.micro_batch)]
+    run = Run(
+        config=config,
+        accelerator=accelerator,
+        examples=examples,
+        eval_examples=eval_examples,
+        model=model,
+        processor=processor,
+        adapters=adapters,
+        policy=policy,
+        reference=reference,
+        optimizer=optimizer,
+        fused_optimizer=fused,
+        eos_ids=eos_tokens(model, processor),
+        max_steps=config.max_steps,
+        prompts=prompts,
+        micro_batches=micro_batches,
+        data_hash=data_hash,
+        base_hash=base_hash,
+        lock=lock,
+    )
     run.first_step = resume(run)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP, and so it stays
+            signal.signal(number, lambda number, frame: run.signals.append(number))
     return run
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """accelerate's view of the processes as they were launched; refuses kinds that are not supported."""
-    if config.log_with not in ("", "tensorboard", "wandb"):
-        raise BadInput(f"--log_with {config.log_with}: unknown, choose tensorboard or wandb")
-    # not PartialState(), which overlooks ACCELERATE_USE_CPU and finds one process where there are several
-    views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # else DDP holds every gradient twice
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # one process saves, the others wait
-    kinds = dict(log_with=config.log_with or None, project_dir=config.output)
-    try:
-        accelerator = Accelerator(**kinds, kwargs_handlers=[views, patience])
-    except ValueError as error:
-        raise BadInput(f"accelerate: {error}") from None
+    """accelerate's view of the processes. Raises BadInput for setups that are not supported."""
+    # without views into its buckets, DDP would hold every gradient twice
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    timeout = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # the others wait while one process saves
+    with located("accelerate"):
+        accelerator = Accelerator(
+            log_with=config.log_with or None, project_dir=config.output, kwargs_handlers=[ddp, timeout]
+        )
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise BadInput(f"--mixed_precision {accelerator.mixed_precision}: not supported, choose bf16 or no")
     if accelerator.is_fsdp2:
-        if accelerator.mixed_precision == "bf16":  # accelerate's own would return log-probs in bf16
+        if accelerator.mixed_precision == "bf16":  # accelerate's own policy would return log-probs in bf16
             precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
             accelerator.state.fsdp_plugin.mixed_precision_policy = precision
-    elif (kind := accelerator.distributed_type) not in ("NO", "MULTI_GPU", "MULTI_CPU"):
-        raise BadInput(f"{kind}: not supported; plain processes and FSDP2 are (fsdp.yaml)")
-    if accelerator.is_main_process:
-        warn_of_a_gpu_not_found()
-    if accelerator.device.type == "cuda" and accelerator.mixed_precision == "no":
-        accelerator.print("computing in fp32; `accelerate launch --mixed_precision bf16` is much faster")
+    elif accelerator.distributed_type not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+        raise BadInput(f"{accelerator.distributed_type}: not supported, use DDP or FSDP2 (fsdp.yaml)")
+    warn_about_gpu(accelerator)
     return accelerator
 
 
-def load_questions(config: TrainConfig, accelerator: Accelerator):
-    """Questions to train on and held-out ones, whose clips are looked for, and the hash of the former."""
-    examples, data_hash = load_examples(config.data, config.audio_dir)
-    eval_examples, _ = load_examples(config.eval_data, config.audio_dir) if config.eval_data else ([], "")
+def warn_about_gpu(accelerator: Accelerator) -> None:
+    """Say so if the GPU is not used, or not used well: that is slow and easy to overlook."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or "ACCELERATE_USE_CPU" in os.environ
+    if not torch.cuda.is_available() and os.path.exists("/proc/driver/nvidia/version") and not hidden:
+        reason = "its driver may be too old" if torch.version.cuda else "this torch is a build for CPUs"
+        accelerator.print(f"this machine has a GPU that is not used: {reason}; torch {torch.__version__}")
+    if accelerator.device.type == "cuda" and accelerator.mixed_precision == "no":
+        accelerator.print("computing in fp32; `accelerate launch --mixed_precision bf16` is much faster")
+
+
+def load_questions(accelerator: Accelerator, config: TrainConfig, path: str):
+    """Questions whose clips exist, and the hash of their file."""
+    examples, digest = load_examples(path, config.audio_dir)
     missing = check_audio(examples, config.skip_bad_audio)
-    missing_eval = check_audio(eval_examples, config.skip_bad_audio)
     if accelerator.is_main_process:
-        warn_of_clips_by_name([*examples, *eval_examples])
-    if missing or missing_eval:
-        parts = f"{missing} for training (the next row is used), {missing_eval} held out (counted as wrong)"
-        accelerator.print(f"clips missing: {parts}")
-    return examples, eval_examples, data_hash
+        if missing:
+            say(f"{path}: {missing} clips are missing; in training the next row takes their place")
+        warn_about_clips(examples)
+    return examples, digest
+
+
+def warn_about_clips(examples: list[Example]) -> None:
+    """Say how many clips were found by their file name alone, since they may be other clips."""
+    found = [example for example in examples if example.found_by_name]
+    if found:
+        first = f"the first: {found[0].location}, as {found[0].audio}"
+        say(f"{len(found)} clips are not at their path and were found by their file name alone; {first}")
 
 
 def make_output(config: TrainConfig, accelerator: Accelerator):
-    """Make and lock the output folder, start the trackers. Raises BadInput if the folder holds something."""
+    """Create and lock the output folder and start the trackers. Raises BadInput if the folder is in use."""
     output = config.output
     if not config.resume and os.path.exists(output):
         if not os.path.isdir(output) or set(os.listdir(output)) - {LOCK}:
-            ways = "--resume, remove it, or name another folder"
-            raise BadInput(f"--output {output}: already holds a run or other files; {ways}")
-    accelerator.wait_for_everyone()  # until all have seen the folder empty
+            raise BadInput(f"--output {output}: already exists; --resume, remove it, or name another")
+    accelerator.wait_for_everyone()  # until all processes have seen the empty folder
     lock = lock_folder(output) if accelerator.is_main_process else None
-    settings = {name: str(value) for name, value in asdict(config).items()}  # a tracker refuses lists
+    settings = {name: str(value) for name, value in asdict(config).items()}  # trackers refuse lists
     accelerator.init_trackers("r1-aqa", settings)
     if config.log_with and accelerator.is_main_process and not accelerator.trackers:
         raise BadInput(f"--log_with {config.log_with}: not installed, pip install {config.log_with}")
     return lock
 
 
-# ---------------------------------------------------------------- batches
+# ---------------------------------------------------------------- parts of a step
 
 
-def batches(run: Run) -> Iterator[Batch]:
-    """This process's batch for each step, made ahead."""
-    config, accelerator = run.config, run.accelerator
-    processor = deepcopy(run.processor)  # a tokenizer is not to be used by two threads at once
+def read_batches(run: Run) -> Iterator[Batch]:
+    """This process's batch for each step, prepared ahead by a thread."""
+    processor = deepcopy(run.processor)  # a tokenizer must not be used by two threads at once
+    offset = run.accelerator.process_index * run.prompts
 
     def read(step: int) -> Batch:
-        first = step * config.prompts_per_step + accelerator.process_index * run.prompts
-        return read_batch(processor, run.examples, config, first, run.prompts)
+        first = step * run.config.prompts_per_step + offset
+        return read_batch(processor, run.examples, run.config, first, run.prompts)
 
-    for batch in made_ahead(read, range(run.first_step, run.max_steps)):
-        batch.inputs = {name: value.to(accelerator.device) for name, value in batch.inputs.items()}
-        torch.manual_seed(config.seed + batch.first)  # for LoRA's dropout: a resumed run draws the same
+    for batch in prefetch(read, range(run.first_step, run.max_steps)):
+        batch.inputs = {name: value.to(run.accelerator.device) for name, value in batch.inputs.items()}
         yield batch
 
 
-# ---------------------------------------------------------------- what a step is made of
+@contextmanager
+def reference_policy(run: Run) -> Iterator[nn.Module]:
+    """The reference, without gradients. Under LoRA it is the policy with its adapters off."""
+    adapters_off = run.adapters.disable_adapter() if run.adapters else nullcontext()
+    with torch.no_grad(), run.accelerator.autocast(), adapters_off:
+        yield run.reference
+        if run.accelerator.is_fsdp2:
+            # FSDP2 keeps its root gathered: adapters in it would be trained in that copy only
+            run.reference.reshard()
 
 
-def steps(run: Run, accuracy: Callable[[Run], float], groups=None) -> Iterator[tuple[int, Batch]]:
-    """Each step with its batch.
-
-    Before each step it evaluates and writes samples.jsonl, if due (`groups` returns its rows), and sets the
-    learning rate. After each step it writes the metrics and, if due, a checkpoint. If a process has a problem
-    or caught a signal, all of them save and stop.
-    """
-    config, data, run.interrupted = run.config, batches(run), Interrupted()
-    step_numbers, silent = range(run.first_step, run.max_steps), not run.accelerator.is_main_process
-    run.bar = tqdm(step_numbers, total=run.max_steps, initial=run.first_step, disable=silent)
-    run.last_lap = now()
-    for step in run.bar:
-        with stop_together(run, step):
-            if run.eval_examples and step % config.eval_every == 0:
-                run.metrics["eval_accuracy"] = accuracy(run)
-                lap(run, "eval")
-            if groups and config.samples_every and step % config.samples_every == 0:
-                append_rows(run, "samples.jsonl", groups(run, step))
-                lap(run, "follow")
-            batch = next(data)
-        if step in config.skip_steps:
-            run.accelerator.print(f"step {step}: skipped, as --skip_steps says")
-        else:
-            for group in run.optimizer.param_groups:
-                group["lr"] = config.lr * (1 - step / run.max_steps)
-            run.metrics |= batch.metrics
-            run.updates = 0
-            lap(run, "other")
-            yield step, batch
-        with stop_together(run, step + 1):
-            append_metrics(run, step)
-            lap(run, "other")
-        if (step + 1) % config.save_every == 0:
-            save_checkpoint(run, step + 1)
-            lap(run, "save")
+def check_update(run: Run, step: int, batch: Batch, losses: list[torch.Tensor], grad_norm: float) -> None:
+    """Raise BadInput, on all processes, if a loss (one per micro-batch) or the gradient is nan or inf."""
+    finite = [bool(loss.isfinite()) for loss in losses]
+    is_good = all(finite) and grad_norm < float("inf")
+    if run.accelerator.gather(torch.tensor([is_good], device=run.accelerator.device)).all():
+        return
+    bad = []
+    for is_finite, rows in zip(finite, run.micro_batches):
+        if not is_finite:
+            bad += [example.location for example in batch.examples[rows]]
+    bad = gather_object(bad)
+    problem = f"the loss is nan or inf for {', '.join(bad)}" if bad else f"the gradient's norm is {grad_norm}"
+    raise BadInput(f"step {step}: {problem}; no update was made; --resume --skip_steps {step} skips it")
 
 
 @contextmanager
-def stop_together(run: Run, done: int) -> Iterator[None]:
-    """If a process has a problem inside or caught a signal, save what `done` steps made and end them all."""
-    accelerator, problem = run.accelerator, None
+def stop_together(run: Run, steps_done: int, can_save: bool = True) -> Iterator[None]:
+    """Make all processes save and stop if one of them raises an error in the block or got a signal.
+
+    Every process must enter it. Nothing in the block may wait for another process after the error. With
+    can_save=False nothing is saved, and a signal waits for the next block.
+    """
+    accelerator = run.accelerator
+    problem = None
     try:
         yield
-    except (BadInput, OSError) as error:
+    except Exception as error:
         problem = error
-    reasons = torch.tensor([[run.interrupted.number, problem is not None]], device=accelerator.device)
-    signal_number, any_problem = accelerator.gather(reasons).max(0).values.tolist()
+    number = max(run.signals, default=0) if can_save else 0
+    status = torch.tensor([[number, problem is not None]], device=accelerator.device)
+    signal_number, any_problem = accelerator.gather(status).max(0).values.tolist()
     if not signal_number and not any_problem:
         return
-    if done > run.first_step and not is_saved(run, done):
+
+    if can_save and steps_done > run.first_step and not is_saved(run, steps_done):
         try:
-            save_checkpoint(run, done)
+            save_checkpoint(run, steps_done)
         except BadInput as error:
-            raise BadInput(f"{problem}; {error}" if problem else str(error)) from None
-    steps_done = f"{done} of {run.max_steps} steps"
-    accelerator.print(f"stopped after {steps_done}; the same command with --resume goes on")
+            problem = BadInput(f"{problem}; {error}") if problem else error
+    accelerator.print(f"stopped after {steps_done} of {run.max_steps} steps; --resume continues")
+    end_run(run)
     if problem:
-        end(run)  # with the others, who wait for each other there
         raise problem
-    end(run, 1 if any_problem else 128 + signal_number)
+    sys.exit(1 if any_problem else 128 + signal_number)
 
 
-def followed_batch(run: Run) -> Batch:
-    """The first prompts of the run, five at most."""
-    if run.followed is None:
-        n = min(5, run.config.prompts_per_step, len(run.examples))
-        run.followed = read_batch(run.processor, run.examples, run.config, 0, n)
-        inputs = run.followed.inputs.items()
-        run.followed.inputs = {name: value.to(run.accelerator.device) for name, value in inputs}
-    return run.followed
-
-
-def generate(run: Run, batch: Batch, group_size: int, temperature: float):
-    """draw_groups for a step: if a process has a problem, all of them stop."""
-    with stop_together(run, batch.first // run.config.prompts_per_step):
-        completions = draw_groups(run, batch, group_size, temperature)
-    lap(run, "sample")
-    return completions
-
-
-def draw_groups(run: Run, batch: Batch, group_size: int, temperature: float):
-    """A group of completions for each prompt of the batch: ids and mask (B, G, T).
-
-    A frozen encoder runs here, once: its output joins batch.inputs, for scoring and update.
-    """
-    shape = group_size, run.config.max_new_tokens
-    # random numbers are tied to the prompt: neither processes nor batches change a sample
-    noise = [sampling_noise(run.config.seed, batch.first + b, *shape) for b in range(len(batch.examples))]
-    noise = torch.stack(noise).to(run.accelerator.device)  # (B, G, T)
-
-    @torch.no_grad()
-    def encode_and_sample():
-        if encoder_is_frozen(run.model):
-            batch.inputs["encoded_audio"] = encode_audio(run.model, batch.inputs)
-        return sample(run.model, batch.inputs, run.eos_ids, shape[1], temperature, noise)
-
-    run.policy.eval()
-    try:
-        with run.accelerator.autocast():
-            return with_whole_weights(run.policy, encode_and_sample)
-    except NotFinite as error:
-        location = batch.examples[error.args[0]].location
-        raise BadInput(f"{location}: the model's logits are not finite numbers") from None
-
-
-def reference_logps(run: Run, batch: Batch, ids: torch.Tensor, mask: torch.Tensor) -> list:
-    """Log-probs (micro_batch, G, T) under the reference for each micro-batch; None without a reference.
-
-    Under LoRA the reference is the policy with its adapters off.
-    """
-    lap(run, "other")
-    logps = [None] * len(run.micro_batches)
-    if run.reference:
-        adapters_off = run.adapters.disable_adapter() if run.adapters else nullcontext()
-        parts = [(select_rows(batch.inputs, rows), ids[rows], mask[rows]) for rows in run.micro_batches]
-        with torch.no_grad(), run.accelerator.autocast(), adapters_off:
-            logps = [run.reference(*part) for part in parts]
-            # FSDP2 keeps its root gathered: adapters in it would come back in that copy only
-            if run.accelerator.is_fsdp2:
-                run.reference.reshard()
-    lap(run, "score")
-    return logps
-
-
-def policy_logps(run: Run, inputs: dict, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Log-probs (B, G, T) under the policy, with gradients."""
-    run.policy.train()
-    with run.accelerator.autocast():
-        return run.policy(inputs, ids, mask)
-
-
-def accumulate(run: Run, rows: slice):
-    """Context manager of a micro-batch: DDP exchanges gradients between processes in the last one only."""
-    # FSDP2 exchanges them every time: waiting would mean to hold unsharded gradients
-    if rows.stop == run.prompts or run.accelerator.is_fsdp2:
-        return nullcontext()
-    return run.accelerator.no_sync(run.policy)
-
-
-def optimizer_step(run: Run, step: int, batch: Batch, losses: list[torch.Tensor]) -> float:
-    """Clip the gradient to norm 1 and update; returns the norm before.
-
-    losses: a tensor for each micro-batch. Raises BadInput, before the update, if anything is not finite.
-    """
-    grad_norm = float(run.accelerator.clip_grad_norm_(run.policy.parameters(), 1.0))
-    if problem := not_finite(run, step, batch, losses, grad_norm):
-        if run.updates == 0:  # else the weights are those of no whole step, and are not saved
-            with stop_together(run, step):
-                raise problem
-        raise problem
-    run.optimizer.step()
-    # DDP's gradients are views of its buckets: set to None, they would be allocated a second time
-    run.optimizer.zero_grad(set_to_none=not isinstance(run.policy, DistributedDataParallel))
-    run.updates += 1
-    lap(run, "update")
-    return grad_norm
-
-
-def not_finite(run: Run, step: int, batch: Batch, losses: list[torch.Tensor], grad_norm: float):
-    """What is not finite on any process, with the examples, as BadInput; None if all is well."""
-    # one entry for each micro-batch, then the gradient's
-    finite = torch.stack([loss.isfinite().all() for loss in [*losses, losses[0].new_tensor(grad_norm)]])
-    if run.accelerator.gather(finite.all()[None]).all():
-        return None
-    parts = [batch.examples[rows] for rows in run.micro_batches]
-    bad = gather_object([e.location for ok, part in zip(finite, parts) if not ok for e in part])
-    what = "loss" if bad else "gradient"
-    bad = bad or gather_object([example.location for example in batch.examples])
-    what = f"the {what} is not finite (the gradient's norm is {grad_norm}); this update was not made"
-    way = f"--resume --skip_steps {step} goes on without them"
-    return BadInput(f"step {step}: {what}. Examples: {', '.join(bad)}; {way}")
-
-
-def log(run: Run, metrics: dict, shown: tuple[str, ...]) -> None:
-    """Take the metrics of a step, to be written after it, as means over processes; show some on the bar."""
-    metrics = run.metrics | metrics | {"lr": run.optimizer.param_groups[0]["lr"]}
-    metrics |= {f"seconds_{phase}": value for phase, value in run.seconds.items()}
-    if run.accelerator.device.type == "cuda":
-        metrics["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9  # at most, so far
-    run.metrics = mean_over_processes(run, metrics)
-    total = round(sum(run.seconds.values()), 2)
-    run.bar.set_postfix({name: run.metrics[name] for name in shown} | {"seconds": total})
-    run.seconds.clear()
-
-
-def finish(run: Run, accuracy: Callable[[Run], float], groups=None) -> None:
-    """Measure the final model, save it, end. accuracy, groups: as in `steps`."""
-    output = run.config.output
-    with stop_together(run, run.max_steps):
-        if groups and run.config.samples_every:
-            append_rows(run, "samples.jsonl", groups(run, run.max_steps))
-        after = accuracy(run) if run.eval_examples else None
-    if run.eval_examples:
-        run.metrics = mean_over_processes(run, {"eval_accuracy": after})
-        with stop_together(run, run.max_steps):
-            append_metrics(run, run.max_steps)
-        measured = [line["eval_accuracy"] for line in read_metrics(output)[0] if "eval_accuracy" in line]
-        before = f"{[*measured, after][0]:.1%} at first"
-        run.accelerator.print(f"held-out accuracy: {before}, {after:.1%} after {run.max_steps} steps")
-    save_final(run)
-    run.accelerator.print(f"the model is in {output}; to see the run: python report.py {output}")
-    end(run)
-
-
-def end(run: Run, status: int = 0) -> None:
-    """Let every process finish what it does; without this gloo sometimes aborts at exit."""
+def end_run(run: Run) -> None:
+    """Wait until every process is done; without this gloo sometimes aborts at exit."""
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
-    if status:
-        sys.exit(status)
 
 
-# ---------------------------------------------------------------- time
+# ---------------------------------------------------------------- logging
+
+
+def mean_over_processes(run: Run, metrics: dict) -> dict[str, float]:
+    """The mean of each metric over all processes."""
+    values = torch.tensor([float(value) for value in metrics.values()], device=run.accelerator.device)
+    return dict(zip(metrics, run.accelerator.reduce(values, "mean").tolist()))
+
+
+def log_metrics(run: Run, step: int, metrics: dict[str, float]) -> None:
+    """Append a line to metrics.jsonl, and send it to the trackers."""
+    metrics = {name: float(f"{value:.6g}") for name, value in metrics.items()}
+    run.accelerator.log(metrics, step)
+    append_rows(run, "metrics.jsonl", [{"step": step, **metrics}])
+
+
+def append_rows(run: Run, name: str, rows: list[dict]) -> None:
+    """Append rows to a JSON Lines file of the run; the main process writes."""
+    if run.accelerator.is_main_process:
+        path = os.path.join(run.config.output, name)
+        with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def announce(run: Run, text: str) -> None:
+    """Print a line above the progress bar; it may contain text from a dataset or a model."""
+    if run.accelerator.is_main_process:
+        tqdm.write(printable(text))
 
 
 def now() -> float:
-    """Seconds, after the GPU has done what it was given."""
+    """Seconds on a clock, once the GPU has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def lap(run: Run, phase: str) -> None:
-    """Count the time since the last lap as a phase of the step."""
-    time_now = now()
-    run.seconds[phase] += time_now - run.last_lap
-    run.last_lap = time_now
-
-
-class Interrupted:
-    """Keeps the number of the first SIGTERM or Ctrl-C; a second one, 5 s later or more, exits at once."""
-
-    def __init__(self):
-        self.number, self.since = 0, 0.0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.catch)
-
-    def catch(self, number, frame):
-        if self.number and time.monotonic() - self.since > 5:  # launchers repeat the first to each process
-            os._exit(128 + number)
-        if not self.number:
-            self.number, self.since = number, time.monotonic()
-            os.write(2, b"\nfinishing this step and saving; again in 5 s or more to stop at once\n")

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import toy  # noqa: E402
-from data import load_audio, make_batch  # noqa: E402
+from data import load_audio, make_inputs  # noqa: E402
 from data import load_examples as load_with_hash  # noqa: E402
 from model import load_model  # noqa: E402
 
@@ -97,7 +97,7 @@ def plain_sgd(monkeypatch):
 
 
 def inputs_of(processor, examples, prompt="answer"):
-    return make_batch(processor, examples, [load_audio(example.audio) for example in examples], prompt)
+    return make_inputs(processor, examples, [load_audio(example.audio) for example in examples], prompt)
 
 
 def random_completions(lengths, seed=0):
@@ -122,6 +122,17 @@ def config(script, folder, output, **flags):
 def run_script(script, folder, output, **flags):
     """Such a run, in this process."""
     importlib.import_module(script).train(config(script, folder, output, **flags))
+
+
+@pytest.fixture
+def run_evaluate(monkeypatch):
+    """Run evaluate.py with flags, in this process."""
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
+        importlib.import_module("evaluate").main()
+
+    return run
 
 
 def metrics(output):
@@ -150,9 +161,7 @@ def assert_same_run(one, two, exact=False):
         return
     for a, b in zip(lines_one, lines_two, strict=True):
         assert a.keys() == b.keys()
-        for (
-            name
-        ) in a:  # the weights hardly tell a gradient of another size, for it is clipped; grad_norm does
+        for name in a:  # clipping hides the size of the gradient from the weights, but not from grad_norm
             assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-6), name
     for name in weights_one:
         assert torch.allclose(weights_one[name], weights_two[name], atol=1e-6), name
@@ -179,7 +188,7 @@ SGD = "torch.optim.AdamW = sgd\n"
 
 def training_code(script, more=""):
     """Code that trains by its flags, rewarding odd lengths."""
-    start = f"import {script}; from flags import parse, run_main\n"
+    start = f"import {script}; from cli import parse, run_main\n"
     return ODD_LENGTHS + more + start + f"run_main(lambda: {script}.train(parse({script}.Config, '')))\n"
 
 

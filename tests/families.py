@@ -10,7 +10,6 @@ from transformers import Qwen2VLImageProcessorPil as ImageProcessor
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 
 import toy
-from model import FAMILIES
 from toy import SECONDS
 
 MELS = 64
@@ -98,7 +97,6 @@ def language(size, **more):
 
 def make_omni(name, folder, size=32, seconds=300, window=20):
     """A thinker. Its extractor makes so many seconds, its encoder attends over two windows of frames."""
-    pytest.importorskip("transformers", minversion=FAMILIES[name][1])  # newer than Python 3.10 has
     tokenizer = make_tokenizer(folder, **OMNI_TOKENS)
     audio = dict(d_model=size, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=3 * size)
     audio |= dict(num_mel_bins=MELS, max_source_positions=100, initializer_range=0.12, output_dim=size)

@@ -1,12 +1,16 @@
+"""The benchmark: it compares like with like, its sums are right, and its numbers reach table and file."""
+
 import json
 
-import benchmark
 import pytest
 import torch
-from data import BadInput
 from torch.utils.flop_counter import FlopCounterMode
 
-TINY = (4, 2, (3, 5))  # G, seconds of sound, completion tokens
+from cli import BadInput
+from model import shared_prompt_logps
+from tools import benchmark
+
+TINY = (2, 2, (3, 5))  # G, seconds of sound, fewest and most completion tokens
 
 
 @pytest.fixture(scope="module")
@@ -14,82 +18,100 @@ def small():
     return benchmark.make_model("small")
 
 
-def test_both_ways_say_the_same_and_sharing_keeps_less(small):
-    found = benchmark.compare(small, *TINY, repeats=1)  # which asserts that the log-probs agree
-    assert found["ratio"].keys() == {"prefill", "sample", "score", "update", "memory"}
-    assert found["ratio"]["memory"] > 4
+@pytest.fixture(scope="module")
+def measured(small):
+    return benchmark.compare(small, *TINY, repeats=1)
 
 
-def test_ways_that_differ_are_not_compared(small, monkeypatch):
-    monkeypatch.setattr(benchmark, "shared_logps", lambda *args: benchmark.shared_prompt_logps(*args, 0.9))
-    with pytest.raises(AssertionError):
-        benchmark.compare(small, *TINY, repeats=1)
+def test_sharing_the_prompt_needs_less_memory(measured):
+    assert measured["ratio"].keys() == {"prefill", "sample", "score", "update", "memory"}
+    assert measured["ratio"]["memory"] > 4
 
 
-def test_the_arithmetic_is_what_is_computed(small):
-    """Against torch's own count, which sees all matrix products but those within attention."""
-    G, clip_seconds, T = 4, 10, 12
+def test_ways_that_disagree_are_not_compared():
+    logps = torch.randn(1, 4, 5, generator=torch.Generator().manual_seed(0))
+    off_by_rounding = logps.bfloat16().float()
+    benchmark.check_agreement(logps, off_by_rounding, torch.bfloat16)
+    with pytest.raises(RuntimeError, match="the two ways differ by"):
+        benchmark.check_agreement(logps, off_by_rounding, torch.float32)
+    with pytest.raises(RuntimeError, match="the two ways differ by"):
+        benchmark.check_agreement(logps, logps / 0.9, torch.bfloat16)
+
+
+def test_counted_operations_are_those_that_torch_counts(small):
+    """torch's counter sees every matrix product except those inside attention."""
+    G, clip_seconds, T = 4, 10, 64
     inputs, ids, mask = benchmark.make_group(small, 1, G, clip_seconds, (T, T))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        benchmark.shared_logps(small, inputs, ids, mask)
-    attention = 4 * 500**2 * 256 * 2, 4 * 512 * 8 * (310**2 / 2 + G * T * (310 + T / 2))
-    ours = sum(benchmark.needed_flops(small, G, clip_seconds, T).values()) - sum(attention)
-    assert ours == pytest.approx(
-        counter.get_total_flops(), rel=0.05
-    )  # convolutions and projector are left out
+        shared_prompt_logps(small, inputs, ids, mask, 1.0)
+    encoder_attention = 4 * 500**2 * 256 * 2
+    lm_attention = 4 * 512 * 8 * (310**2 / 2 + G * T * (310 + T / 2))
+    ours = sum(benchmark.needed_flops(small, G, clip_seconds, T).values())
+    # we leave out convolutions and projector
+    assert ours - encoder_attention - lm_attention == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
-def test_the_small_model_splits_its_cost_as_the_real_one(small):
+def test_the_small_model_splits_its_cost_like_the_real_one(small):
     shares = []
     for model in (small, benchmark.make_model("7b", "meta")):
-        split = benchmark.needed_flops(model, 8, 10, 13, frames=1500)
-        shares.append([part / sum(split.values()) for part in split.values()])
+        flops = benchmark.needed_flops(model, 8, 10, 13, frames=1500)
+        shares.append([part / sum(flops.values()) for part in flops.values()])
     assert shares[0] == pytest.approx(shares[1], abs=0.03)
 
 
-def test_numbers_go_to_a_file(tmp_path, monkeypatch, capsys):
-    compare = benchmark.compare
-    step = dict(
-        sample=1.0, score=1.0, update=1.0, other=0.1, tokens=16, memory_gb=0.0, micro_batch=4, prompt="answer"
-    )
+def test_numbers_reach_the_table_and_the_file(measured, tmp_path, monkeypatch, capsys):
+    step = {"sample": 1.0, "score": 1.25, "update": 2.0, "tokens": 16, "memory_gb": 0.0}
+    step |= {"micro_batch": 4, "prompt": "answer"}
     monkeypatch.setattr(benchmark, "SETTINGS", [TINY])
-    monkeypatch.setattr(benchmark, "whole_step", lambda *args: step)
-    monkeypatch.setattr(benchmark, "compare", lambda model, *args: compare(model, *args, repeats=1))
+    monkeypatch.setattr(benchmark, "compare", lambda model, *setting: measured)
+    monkeypatch.setattr(benchmark, "measure_step", lambda *args: step)
     monkeypatch.setattr("sys.argv", ["benchmark.py", "--json", str(tmp_path / "found.json")])
     benchmark.main()
-    (row,) = json.load(open(tmp_path / "found.json"))["settings"]
-    assert (row["group_size"], row["clip_seconds"], row["completion_tokens"]) == (4, 2, [3, 5])
+    found = json.loads((tmp_path / "found.json").read_text())
+    (row,) = found["settings"]
+    assert (row["group_size"], row["clip_seconds"], row["completion_tokens"]) == (2, 2, [3, 5])
+    assert found["steps"] == [step]
     out = capsys.readouterr().out
-    assert (
-        f"| {row['ratio']['update']:.1f} |" in out and "s a token" in out and ": 3.10 s (sample 1.00" in out
-    )
+    times = row["seconds"]["update"]
+    cells = f"update | {times['shared']:.3f} s | {times['repeated']:.3f} s | {row['ratio']['update']:.1f} |"
+    assert f"| 2 | 2 s | 3 to 5 tokens | {cells}" in out
+    assert "micro_batch 4: 4.25 s (sample 1.00, score 1.25, update 2.00)" in out
+    assert f"decoding: {found['seconds_a_token']:.4f} s per token" in out
 
 
-def test_the_arithmetic_past_one_node(monkeypatch, capsys):
-    """Of one GPU: the table's sums by hand, for n parameters of 2 bytes in bf16."""
+def test_arithmetic_gives_the_sums_made_by_hand(monkeypatch, capsys):
+    """For one GPU and n parameters of 2 bytes in bf16."""
     n = sum(p.numel() for p in benchmark.make_model("7b", "meta").parameters())
-    rows = {row[:2]: row[2:] for row in benchmark.arithmetic()}
-    compute, decode, held, moved, across = rows["all weights, FSDP2", 8]
-    assert held == 18 * n / 8 + 2 * n and decode == 13 * 2 * n / 3.35e12 and across == 0
-    assert moved == 2 * n + 2 * (3 * 2 * n + 4 * n)  # two prompts a GPU
-    assert rows["all weights, FSDP2", 16][4] == 2 * n + 10 * n  # crosses nodes whole
-    assert rows["all weights, FSDP2 in a node, copies across", 16][4] == 2 * 4 * n / 8
-    assert (
-        rows["LoRA, DDP", 16][0] == rows["LoRA, DDP", 64][0] == rows["LoRA, DDP", 1][0] / 16
-    )  # 16 prompts feed 16
+    costs = {(cost.method, cost.gpus): cost for cost in benchmark.arithmetic()}
+    one_node = costs["all weights, FSDP2", 8]
+    assert one_node.memory == 18 * n / 8 + 2 * n
+    assert one_node.decoding == 13 * 2 * n / 3.35e12
+    assert one_node.in_node == 2 * n + 2 * (3 * 2 * n + 4 * n)  # 16 prompts: two per GPU
+    assert one_node.across == 0
+    assert costs["all weights, FSDP2", 16].across == 2 * n + 10 * n
+    assert costs["all weights, FSDP2 in a node, copies across", 16].across == 2 * 4 * n / 8
+    lora = {gpus: costs["LoRA, DDP", gpus].compute for gpus in (1, 16, 64)}
+    assert lora[16] == lora[64] == lora[1] / 16  # one prompt per GPU, and above 16 GPUs more prompts
+    assert costs["LoRA, DDP", 1].in_node == costs["LoRA, DDP", 8].across == 0 < costs["LoRA, DDP", 16].across
+
     monkeypatch.setattr("sys.argv", ["benchmark.py", "--arithmetic"])
     benchmark.main()
-    assert capsys.readouterr().out.count("\n| ") == 1 + 1 + 12
+    assert capsys.readouterr().out.count("\n| ") == 1 + 1 + len(costs)  # header, line, rows
+
+
+@pytest.mark.parametrize(
+    "size, message",
+    [("7b", "--size 7b needs a CUDA GPU"), ("3b", "--size 3b: unknown, choose small or 7b")],
+)
+def test_sizes_that_cannot_be_measured_are_refused(monkeypatch, size, message):
+    monkeypatch.setattr("sys.argv", ["benchmark.py", "--size", size])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BadInput, match=message):
+        benchmark.main()
 
 
 @pytest.mark.slow
-def test_the_step_is_train_grpos():
-    step = benchmark.whole_step(benchmark.make_model("small"), micro_batch=1, prompts=2)
+def test_a_training_step_is_one_of_train_grpo():
+    step = benchmark.measure_step(benchmark.make_model("small"), micro_batch=1, prompts=2)
     assert min(step["sample"], step["score"], step["update"]) > 0
-
-
-def test_the_real_size_asks_for_a_gpu(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["benchmark.py", "--size", "7b"])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(BadInput, match="--size 7b needs a CUDA GPU"):
-        benchmark.main()
+    assert 1 <= step["tokens"] <= 16

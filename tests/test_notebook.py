@@ -1,4 +1,4 @@
-"""one_step.ipynb: its cells run as they stand, without Jupyter, and it is stored with its outputs."""
+"""docs/one_step.ipynb: its cells run as they stand, without Jupyter, and it is stored with its outputs."""
 
 import ast
 import json
@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, odd_length
 
-NOTEBOOK = json.loads((ROOT / "one_step.ipynb").read_text(encoding="utf-8"))
+NOTEBOOK = json.loads((ROOT / "docs" / "one_step.ipynb").read_text(encoding="utf-8"))
 CELLS = NOTEBOOK["cells"]
 CODE = ["".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "code"]
 
@@ -43,7 +43,8 @@ def namespace(folder, tmp_path, monkeypatch):
     (tmp_path / "runs/toy/base").symlink_to(folder / "model")
     for name in ("train", "train.jsonl"):
         (tmp_path / "runs/toy" / name).symlink_to(folder / name)
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    monkeypatch.chdir(tmp_path / "docs")  # where Jupyter starts it
     monkeypatch.setattr("rewards.accuracy_reward", odd_length)
     ipython, display = ModuleType("IPython"), ModuleType("IPython.display")
     ipython.get_ipython, ipython.version_info = lambda: None, (9, 0)  # which matplotlib asks for

@@ -1,3 +1,5 @@
+"""`prepare_data avqa`, `check` and `filter`, and the command line; test_hub.py has `hub`."""
+
 import json
 import re
 import subprocess
@@ -6,186 +8,286 @@ import sys
 import numpy as np
 import pytest
 import soundfile
-from conftest import CONVERTED, OWN, ROOT, load_examples, write
+from conftest import CONVERTED, OWN, ROOT, load_examples, run_script, write
 
-import prepare_data
-from data import BadInput, check_audio
-
-
-def tone(seconds=1.0, rate=16_000):
-    return (0.5 * np.sin(2 * np.pi * 440 * np.arange(int(seconds * rate)) / rate)).astype(np.float32)
+import evaluate
+from data import BadInput, check_audio, lock_folder
+from tools import prepare_data
 
 
-def avqa(name, **more):
-    row = {"id": 1, "video_name": f"{name}_000030", "video_id": 1, "question_text": "What is in the video?"}
-    row |= {
-        "multi_choice": ["dog", "cat"],
-        "answer": 1,
-        "question_relation": "Both",
-        "question_type": "Which",
-    }
-    return row | more
+def write_tone(path, seconds=1.0, rate=16_000, channels=1):
+    wave = 0.5 * np.sin(2 * np.pi * 440 * np.arange(int(seconds * rate)) / rate)
+    soundfile.write(path, np.tile(wave[:, None], channels), rate, format=path.suffix[1:].upper())
+
+
+def read(path):
+    return [json.loads(line) for line in open(path)]
+
+
+# ---------------------------------------------------------------- avqa
+
+AVQA_NAMES = {  # video_name, and what people call the clip
+    "a_000030": "a_30.wav",
+    "-b_c_000030": "-b_c_000030.wav",
+    "d_000030": "d_000000.wav",
+    "e_000030": "e_30.flac",
+    "f_000030": "f_000030.mp3",
+    "g_000030": "g_000000.ogg",
+}
+AVQA_UNUSABLE = [  # what is wrong with a row, and the reason given
+    ({"multi_choice": []}, "no list of at least two options (key 'multi_choice')"),
+    ({"multi_choice": ["dog"]}, "no list of at least two options (key 'multi_choice')"),
+    ({"multi_choice": ["dog", None]}, "option 2 is not text: None"),
+    ({"answer": 2}, "answer must be an index from 0 to 1, not 2"),
+    ({"answer": "cat"}, "answer must be an index from 0 to 1, not 'cat'"),
+    ({"answer": None}, "has no answer"),
+    ({"video_name": "gone_000030"}, "{clips}/gone_30.wav: no such audio file"),
+    ({"video_name": "text_000030"}, "{clips}/text_30.wav: LibsndfileError"),
+]
+
+
+def avqa_row(**columns):
+    row = {"video_name": "a_000030", "question_text": "What is in the video?", "multi_choice": ["dog", "cat"]}
+    return row | {"answer": 1, "video_id": 7, "question_type": "Which"} | columns
 
 
 @pytest.fixture
-def avqa_files(tmp_path):
-    """AVQA with every naming habit and every dirty row; the clips, and what should come of them."""
-    (tmp_path / "clips").mkdir()
-    (tmp_path / "lists").mkdir()
-    names = {
-        "a": "a_30.wav",
-        "-b_c": "-b_c_000030.wav",
-        "d": "d_000000.wav",
-        "e": "e_30.flac",
-        "f": "f_000030.mp3",
-        "g": "g_000000.ogg",
-    }
-    for name in names.values():
-        soundfile.write(tmp_path / "clips" / name, tone(2), 16_000, format=name.split(".")[1].upper())
-    good = [avqa(name, id=n) for n, name in enumerate(names)]
-    (tmp_path / "clips" / "text_30.wav").write_text("not a sound")
-    (tmp_path / "clips" / "empty_30.wav").touch()
-    bad = {
-        "multi_choice": [
-            {"id": 9, "video_name": "a_000030", "question_text": "?", "answer": 0},
-            avqa("a", multi_choice=[]),
-            avqa("a", multi_choice=["x"]),
-        ],
-        "option": [
-            avqa("a", multi_choice=["x", ""]),
-            avqa("a", multi_choice=["x", None]),
-            avqa("a", multi_choice=["x", ["y"]]),
-        ],
-        "index": [avqa("a", answer=4), avqa("a", answer="cat")],
-        "no answer": [avqa("a", answer=None)],
-        "no such audio file": [avqa("gone"), avqa("gone_too")],
-        "cannot be read": [avqa("text"), avqa("empty")],
-    }
-    rows = good + [row for part in bad.values() for row in part]
-    return write(tmp_path / "lists" / "train_qa.json", rows, as_list=True), names, bad
+def clips(tmp_path):
+    """A folder with the clips of AVQA_NAMES, and one that is not audio."""
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for name in AVQA_NAMES.values():
+        write_tone(folder / name, seconds=2)
+    (folder / "text_30.wav").write_text("not a sound")
+    return folder
 
 
-def test_avqa_becomes_training_rows(tmp_path, capsys, avqa_files):
-    questions, names, bad = avqa_files
+def test_avqa_becomes_training_rows(tmp_path, clips, capsys):
+    usable = [avqa_row(id=number, video_name=name) for number, name in enumerate(AVQA_NAMES)]
+    unusable = [avqa_row(**columns) for columns, _ in AVQA_UNUSABLE]
+    questions = write(tmp_path / "train_qa.json", usable + unusable, as_list=True)
     (tmp_path / "out").mkdir()
-    prepare_data.avqa(
-        questions, audio_dir=str(tmp_path / "clips"), output=str(tmp_path / "out" / "train.jsonl")
-    )
-    examples = load_examples(
-        str(tmp_path / "out" / "train.jsonl")
-    )  # no --audio_dir: paths are relative to the file
-    assert check_audio(examples) == 0
-    assert [example.audio for example in examples] == [
-        str(tmp_path / "clips" / name) for name in names.values()
-    ]
-    for n, example in enumerate(examples):
-        assert (example.question, example.choices, example.answer) == (
-            "What is in the audio?",
-            ["dog", "cat"],
-            "cat",
-        )
-        assert example.row["id"] == n and example.row["question_type"] == "Which"
-    lost = [json.loads(line) for line in open(tmp_path / "out" / "train.left_out.jsonl")]
-    assert [entry["row"] for entry in lost] == [row for part in bad.values() for row in part]
-    for entry, word in zip(lost, [word for word, part in bad.items() for _ in part]):
-        assert word in entry["reason"] and "train_qa.json: row " in entry["reason"]
-    assert "19 questions: 6 found, 2 without a clip, 11 unusable" in capsys.readouterr().out
+    output = tmp_path / "out" / "train.jsonl"
+    prepare_data.avqa(questions, str(clips), str(output))
+
+    columns = {"question": "What is in the audio?", "choices": ["dog", "cat"], "answer": "cat"}
+    expected = []
+    for number, name in enumerate(AVQA_NAMES.values()):
+        expected.append({"audio": f"../clips/{name}", **columns, "id": number, "question_type": "Which"})
+    assert read(output) == expected
+    assert check_audio(load_examples(str(output))) == 0  # found without --audio_dir
+
+    left_out = read(tmp_path / "out" / "train.left_out.jsonl")
+    assert [entry["row"] for entry in left_out] == unusable
+    for number, (entry, (_, reason)) in enumerate(zip(left_out, AVQA_UNUSABLE), len(usable) + 1):
+        assert entry["reason"].startswith(f"{questions}: row {number}: {reason.format(clips=clips)}")
+    out = capsys.readouterr().out
+    assert f"14 rows: 6 in {output}, 8 unusable\n" in out
+    assert f"rows whose clip is not in {clips}: 1\n" in out
 
 
-def test_r1_aqas_own_file_is_converted_too(tmp_path):
-    soundfile.write(tmp_path / "a.wav", tone(), 16_000)
-    rows = write(tmp_path / "r1.jsonl", [CONVERTED])
-    prepare_data.avqa(rows, audio_dir=str(tmp_path), output=str(tmp_path / "train.jsonl"))
-    (example,) = load_examples(str(tmp_path / "train.jsonl"))
+def test_the_file_of_r1_aqa_is_converted_too(tmp_path):
+    write_tone(tmp_path / "a.wav")
+    output = tmp_path / "train.jsonl"
+    (tmp_path / "train.left_out.jsonl").write_text("of an earlier conversion")
+    prepare_data.avqa(write(tmp_path / "r1.jsonl", [CONVERTED]), str(tmp_path), str(output))
+    (example,) = load_examples(str(output))
     assert (example.audio, example.answer) == (str(tmp_path / "a.wav"), "cat")
     assert not (tmp_path / "train.left_out.jsonl").exists()
 
 
-def test_a_conversion_that_cannot_be_is_refused_and_leaves_nothing(tmp_path, avqa_files):
-    def convert(audio_dir, output=tmp_path / "train.jsonl"):
-        prepare_data.avqa(avqa_files[0], audio_dir=str(audio_dir), output=str(output))
-
-    with pytest.raises(BadInput, match="nowhere: no such folder"):
-        convert("nowhere")
-    with pytest.raises(
-        BadInput,
-        match="none of 19 rows can be used; the first: .*: row 1: .*a_30.wav: no such audio file",
-    ):
-        convert(tmp_path / "lists")
-    with pytest.raises(BadInput, match="cannot be written"):
-        convert(tmp_path / "clips", tmp_path / "nowhere" / "train.jsonl")
-    assert not list(tmp_path.glob("train*"))
-    (tmp_path / "train.jsonl").touch()
-    with pytest.raises(BadInput, match="already there"):
-        convert(tmp_path / "clips")
+def test_avqa_refuses_in_one_line_and_writes_nothing(tmp_path, clips):
+    questions = write(tmp_path / "train_qa.json", [avqa_row()], as_list=True)
+    (tmp_path / "there.jsonl").touch()
+    cases = [
+        ("nowhere", "train.jsonl", "--audio_dir nowhere: no such folder"),
+        (tmp_path, "train.jsonl", "none of 1 rows can be used; the first: .*a_30.wav: no such audio file"),
+        (clips, "nowhere/train.jsonl", "nowhere/train.jsonl: cannot be written"),
+        (clips, "there.jsonl", "there.jsonl: already exists"),
+    ]
+    for audio_dir, output, message in cases:
+        with pytest.raises(BadInput, match=message):
+            prepare_data.avqa(questions, str(audio_dir), str(tmp_path / output))
+        assert not list(tmp_path.glob("train*.jsonl*"))
 
 
-def test_check_names_all_that_is_wrong(tmp_path, capsys):
-    for name, seconds, rate, channels in (("a", 1, 16_000, 1), ("b", 31, 8_000, 2), ("c", 2, 48_000, 6)):
-        soundfile.write(tmp_path / f"{name}.wav", np.tile(tone(seconds, rate)[:, None], channels), rate)
+# ---------------------------------------------------------------- check
+
+
+def test_check_names_everything_that_is_wrong(tmp_path, capsys):
+    write_tone(tmp_path / "a.wav", 1, 16_000, 1)
+    write_tone(tmp_path / "b.wav", 31, 8_000, 2)
+    write_tone(tmp_path / "c.wav", 2, 48_000, 6)
     (tmp_path / "text.wav").write_text("not a sound")
+    unanswered = {key: value for key, value in OWN.items() if key != "answer"}
     rows = [
         OWN | {"id": 1, "task": "sound"},
-        OWN | {"id": 1, "audio": "b.wav", "task": "music"},
+        OWN | {"id": 1, "audio": "folder/b.wav", "task": "music"},
         OWN | {"id": None, "audio": "c.wav", "choices": ["cat", "cat", "dog"], "task": "music"},
-        OWN | {"id": None, "answer": "bird"},
+        unanswered | {"id": None},
+        OWN | {"answer": "bird"},
         OWN | {"audio": "text.wav"},
         OWN | {"audio": "gone.wav"},
         OWN | {"choices": []},
-        {key: value for key, value in OWN.items() if key != "answer"},
     ]
+    path = write(tmp_path / "rows.jsonl", rows)
     with pytest.raises(SystemExit) as status:
-        prepare_data.check(write(tmp_path / "rows.jsonl", rows))
-    out = capsys.readouterr().out
+        prepare_data.check(path)
     assert status.value.code == 1
-    for line, says in (
-        (4, "answer 'bird' is not among the options"),
-        (5, r".*text.wav: cannot be read"),
-        (6, r".*gone.wav: no such audio file"),
-        (7, "no list of"),
-    ):
-        assert re.search(rf"unusable: .*rows.jsonl:{line}: {says}", out)
-    assert out.count("unusable: ") == 4
-    assert re.search(
-        r"odd: .*:1: id 1 is there 2 times\nodd: .*:2: id 1 is there 2 times\nodd: .*:3: an option stands",
-        out,
-    )
-    assert "8 rows, 4 of them unusable, 3 remarks" in out
-    assert "shortest 1.0 s, median 1.5, longest 31.0; 1 pass 30 s" in out
-    assert "Hz: 8000: 1, 16000: 2, 48000: 1" in out and "channels: 1: 2, 2: 1, 6: 1" in out
-    assert (
-        "options: 2: 6, 3: 1" in out
-        and "task: None: 4, music: 2, sound: 1" in out
-        and "no answer: 1 rows" in out
-    )
+
+    expected = [
+        "unusable: PATH:5: answer 'bird' is not among the options ['dog', 'cat']",
+        "unusable: PATH:6: FOLDER/text.wav: LibsndfileError: .*",
+        "unusable: PATH:7: FOLDER/gone.wav: no such audio file",
+        "unusable: PATH:8: no list of at least two options (key 'choices')",
+        "warning: PATH:2: has the same id as PATH:1: 1",
+        "warning: PATH:2: there is no clip at its path; a file of the same name is used: FOLDER/b.wav",
+        "warning: PATH:3: an option is repeated: ['cat', 'cat', 'dog']",
+        "PATH: 8 rows, 4 unusable, 3 warnings",
+        "clips: 4, 0.01 h in all; 1.0 to 31.0 s, median 1.5 s; 1 longer than 30 s",
+        "sampling rates in Hz: 8000: 1, 16000: 2, 48000: 1",
+        "channels: 1: 2, 2: 1, 6: 1",
+        "options per question: 2: 6, 3: 1",
+        "task: None: 4, music: 2, sound: 1",
+        "1 rows have no answer: they can be predicted, but not trained on",
+    ]
+    printed = capsys.readouterr().out.replace(path, "PATH").replace(str(tmp_path), "FOLDER").splitlines()
+    for line, pattern in zip(printed, expected, strict=True):
+        assert line == pattern or re.fullmatch(pattern, line)
 
 
-def test_check_finds_nothing_wrong_with_the_toy(folder):
-    prepare_data.check(str(folder / "train.jsonl"), decode=True)  # would exit otherwise
+def test_check_finds_nothing_wrong_with_the_toy(folder, capsys):
+    prepare_data.check(str(folder / "train.jsonl"), model=str(folder / "model"), decode=True)
+    assert "24 rows, 0 unusable, 0 warnings" in capsys.readouterr().out
 
 
-def test_check_reads_whole_clips_only_when_told(tmp_path, capsys):
-    soundfile.write(tmp_path / "a.wav", np.where(tone() > 0.4, np.nan, tone()), 16_000, subtype="FLOAT")
+def test_check_reads_all_samples_only_with_decode(tmp_path, capsys):
+    soundfile.write(tmp_path / "a.wav", np.full(16_000, np.nan), 16_000, subtype="FLOAT")
     path = write(tmp_path / "rows.jsonl", [OWN])
     prepare_data.check(path)
     with pytest.raises(SystemExit):
         prepare_data.check(path, decode=True)
-    assert "not finite numbers" in capsys.readouterr().out
+    assert "a.wav: has samples that are nan or inf" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "words, status, says",
-    [
-        (["check", "rows.jsonl", "--decode"], 0, "1 rows, 0 of them unusable"),
-        (["check", "nowhere.jsonl"], 1, "error: nowhere.jsonl: cannot be read"),
-        (["avqa", "rows.jsonl", "--audio_dir", "."], 2, "--output"),
-        (["convert"], 2, "invalid choice"),
-        (["check", "--help"], 0, "--decode"),
-    ],
-)
-def test_commands(tmp_path, words, status, says):
-    soundfile.write(tmp_path / "a.wav", tone(), 16_000)
-    write(tmp_path / "rows.jsonl", [OWN])
-    command = [sys.executable, ROOT / "prepare_data.py", *words]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == status and says in done.stdout + done.stderr and "Traceback" not in done.stderr
+# ---------------------------------------------------------------- filter
+
+
+def predicted(rows, outputs):
+    """Rows as evaluate.py writes them, with these predictions."""
+    predictions = []
+    for row, output in zip(rows, outputs):
+        predictions.append({**row, "model_output": output, "model_prediction": output, "completion": output})
+    return predictions
+
+
+@pytest.fixture
+def answered(tmp_path):
+    """Five questions and the predictions of a model: right, wrong, none, right, and no answer."""
+    rows = [OWN | {"id": number, "odd": float("nan"), "model_output": "old"} for number in range(5)]
+    rows[3] = CONVERTED
+    del rows[4]["answer"]
+    predictions = predicted(rows, ["A cat.", "dog", None, "cat", "cat"])
+    file = write(tmp_path / "rows.jsonl", rows)
+    return rows, file, write(tmp_path / "predictions.json", predictions, as_list=True)
+
+
+@pytest.mark.parametrize("drop, kept", [("right", [1]), ("wrong", [0, 3])])
+def test_filter_keeps_what_a_model_got_wrong_or_right(tmp_path, capsys, answered, drop, kept):
+    rows, file, predictions = answered
+    counts = "5 rows: 2 right, 1 wrong, 2 without an answer or a prediction"
+    (tmp_path / "sub").mkdir()
+    for output in (tmp_path / "kept.jsonl", tmp_path / "sub" / "kept.jsonl"):
+        prepare_data.filter_rows(file, predictions, str(output), drop)
+        assert json.dumps(read(output)) == json.dumps([rows[number] for number in kept])
+        out = capsys.readouterr().out
+        assert f"{counts}; {len(kept)} in {output}\n" in out
+        in_another_folder = output.parent != tmp_path  # than the clips
+        assert (f"--audio_dir {tmp_path}\n" in out) == in_another_folder
+
+
+def test_filter_refuses_predictions_of_another_file(tmp_path, answered):
+    rows, file, predictions = answered
+    output = tmp_path / "kept.jsonl"
+
+    def refuse(message, file=file, predictions=predictions):
+        if isinstance(predictions, list):
+            predictions = write(tmp_path / "p.jsonl", predictions)
+        with pytest.raises(BadInput, match=message):
+            prepare_data.filter_rows(file, predictions, str(output))
+
+    changed = [rows[0], rows[1] | {"answer": "dog"}]
+    refuse("p.jsonl:2: does not belong to .*rows.jsonl:2", predictions=predicted(changed, "ab"))
+    refuse("p.jsonl:1: does not belong to .*rows.jsonl:1", predictions=predicted(rows[1:], "ab"))
+    two = write(tmp_path / "two.jsonl", rows[:2])
+    refuse("predictions.json: has 5 rows, but .*two.jsonl has only 2", file=two)
+    right = predicted(rows[:1], ["cat"])
+    refuse("no rows remain .5 rows: 1 right, 0 wrong, 4 without", predictions=right)
+    assert not output.exists()
+    output.touch()
+    refuse("kept.jsonl: already exists")
+
+
+def test_filter_takes_what_evaluate_wrote(folder, tmp_path, monkeypatch):
+    """The first eight of twelve questions, without sound; one cannot be used. The rest can be trained on."""
+    rows = read(folder / "test.jsonl")
+    rows[2] = rows[2] | {"choices": []}
+    questions = write(tmp_path / "rows.jsonl", rows)
+    flags = f"--model {folder}/model --data {questions} --audio_dir {folder} --output {tmp_path}/eval"
+    flags += " --max_new_tokens 4 --silence --limit 8"
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags.split()])
+    evaluate.main()
+    output = tmp_path / "hard.jsonl"
+    prepare_data.filter_rows(questions, str(tmp_path / "eval" / "predictions.json"), str(output))
+    correct = json.loads((tmp_path / "eval" / "results.json").read_text())["correct"]
+    kept = read(output)
+    assert len(kept) == 7 - correct > 0 and rows[2] not in kept
+    run_script("train_grpo", folder, tmp_path / "run", data=str(output), audio_dir=str(folder), max_steps=1)
+
+
+# ---------------------------------------------------------------- command line
+
+
+def test_commands(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clips").mkdir()
+    write_tone(tmp_path / "clips" / "a.wav")
+    row = OWN | {"audio": "clips/a.wav"}
+    write(tmp_path / "rows.jsonl", [row])
+    write(tmp_path / "avqa.jsonl", [CONVERTED])
+    write(tmp_path / "predictions.jsonl", predicted([row], ["dog"]))
+    cases = [  # flags, exit status, what is printed
+        ("hub rows.jsonl --output out --video_to_audio --limit 5", 0, "'What is in the audio?'"),
+        ("hub rows.jsonl --output other --limit -1", 1, "--limit must be at least 0, not -1"),
+        ("avqa avqa.jsonl --audio_dir clips --output train.jsonl", 0, "1 rows: 1 in train.jsonl, 0 unusable"),
+        ("avqa avqa.jsonl --audio_dir clips", 2, "required: --output"),
+        ("check avqa.jsonl --decode --audio_dir clips", 0, "1 rows, 0 unusable, 0 warnings"),
+        ("check nowhere.jsonl", 1, "nowhere.jsonl: FileNotFoundError"),
+        ("filter rows.jsonl --predictions predictions.jsonl --output hard.jsonl", 0, "1 in hard.jsonl"),
+        ("filter rows.jsonl --predictions p --output o --drop hard", 2, "invalid choice: 'hard'"),
+        ("convert", 2, "invalid choice"),
+        ("--help", 0, "keep the questions that a model got wrong (or right)"),
+        ("check --help", 0, "read all samples, not only the headers"),
+    ]
+    for flags, status, text in cases:
+        monkeypatch.setattr(sys, "argv", ["prepare_data.py", *flags.split()])
+        code = 0
+        try:
+            prepare_data.main()
+        except SystemExit as end:
+            code = end.code
+        except BadInput as error:
+            code = 1
+            print(error)
+        printed = capsys.readouterr()
+        assert code == status, flags
+        assert text in printed.out + printed.err, flags
+
+
+def test_a_folder_in_use_is_refused_in_one_line(tmp_path):
+    lock = lock_folder(str(tmp_path / "out"))  # noqa: F841, locked until the test ends
+    flags = ["hub", write(tmp_path / "rows.jsonl", [OWN]), "--output", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "tools.prepare_data", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == f"error: --output {tmp_path}/out: another run is using this folder\n"

@@ -11,9 +11,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from checkpoints import merge
-from data import BadInput
+from cli import BadInput
 from model import load_model
-from train_sft import answer_batch
+from train_sft import make_targets
 
 
 def train(folder, output, **flags):
@@ -41,22 +41,18 @@ def test_loss_is_the_models_own_on_the_answer_tokens(
 def test_a_steps_loss_is_the_mean_over_all_its_answer_tokens(
     folder, tmp_path, toy_model, examples, monkeypatch
 ):
-    """Of answers of unequal length, in micro-batches: each token counts once, as in a plain loop with no
-    padding.
-    """
+    """With answers of unequal length, in micro-batches: each token counts once, as in a plain loop."""
     model, processor = toy_model
     monkeypatch.setattr("data.stream_indices", lambda *_: [0, 1, 2, 3, 4, 5])
     train(folder, tmp_path / "run", prompts_per_step=6, micro_batch=2, max_steps=1)
     losses = []
     for example in examples[:6]:
         inputs = inputs_of(processor, [example])
-        answer = processor.tokenizer(f"<answer>{example.answer}</answer><|im_end|>", return_tensors="pt")[
-            "input_ids"
-        ]
+        target = f"<answer>{example.answer}</answer><|im_end|>"
+        answer = processor.tokenizer(target, return_tensors="pt")["input_ids"]
         ids = torch.cat([inputs["input_ids"], answer], 1)
-        logits = model(**inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits[
-            0, -answer.shape[1] - 1 : -1
-        ]
+        logits = model(**inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits
+        logits = logits[0, -answer.shape[1] - 1 : -1]
         losses += torch.nn.functional.cross_entropy(logits, answer[0], reduction="none").tolist()
     assert len({len(example.answer) for example in examples[:6]}) > 1
     assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
@@ -64,7 +60,7 @@ def test_a_steps_loss_is_the_mean_over_all_its_answer_tokens(
 
 def test_targets_end_as_a_turn_ends(toy_model, examples):
     _, processor = toy_model
-    ids, mask = answer_batch(processor, examples[:24], "answer")
+    ids, mask = make_targets(processor, examples[:24], "answer")
     assert ids.shape == mask.shape and ids.shape[1] == 1 and not mask.all()
     for example, o, m in zip(examples, ids[:, 0], mask[:, 0]):
         assert processor.tokenizer.decode(o[m]) == f"<answer>{example.answer}</answer><|im_end|>"
@@ -203,7 +199,7 @@ def test_a_merged_model_keeps_the_type_of_its_base(folder, lora, tmp_path):
     (tmp_path / "run" / "adapter_config.json").write_text(
         json.dumps(settings | {"base_model_name_or_path": str(tmp_path / "base")})
     )
-    merge(str(tmp_path / "run"), output=str(tmp_path / "merged"))
+    merge(str(tmp_path / "run"), str(tmp_path / "merged"))
     assert {weight.dtype for weight in load_file(tmp_path / "merged" / "model.safetensors").values()} == {
         torch.bfloat16
     }
@@ -211,10 +207,16 @@ def test_a_merged_model_keeps_the_type_of_its_base(folder, lora, tmp_path):
 
 
 BAD = {
-    "merge without LoRA": (dict(merge=True), "no adapters to merge"),
+    "merge without LoRA": (dict(merge=True), "--merge needs LoRA adapters"),
     "negative rank": (dict(lora_rank=-1), "--lora_rank must be at least 0"),
-    "dropout": (dict(lora_rank=2, lora_dropout=1.5), "--lora_dropout must be from 0 to below 1, not 1.5"),
-    "target matches nothing": (dict(lora_rank=2, lora_target="nothing"), "--lora_target nothing: "),
+    "dropout": (
+        dict(lora_rank=2, lora_dropout=1.5),
+        "--lora_dropout must be at least 0 and below 1, not 1.5",
+    ),
+    "target matches nothing": (
+        dict(lora_rank=2, lora_target="nothing"),
+        "--lora_target nothing: matches no linear layer",
+    ),
     "target is the head": (dict(lora_rank=2, lora_target=".*"), "--lora_target [.][*]: matches lm_head"),
     "target is no expression": (dict(lora_rank=2, lora_target="("), "--lora_target [(]: "),
     "frozen and not": (
@@ -231,7 +233,7 @@ def test_bad_lora_flags_are_refused(folder, tmp_path, flags, says):
 
 
 def test_merging_is_a_command(lora, tmp_path):
-    command = [sys.executable, ROOT / "checkpoints.py", "merge", lora, "--output", tmp_path / "merged"]
+    command = [sys.executable, ROOT / "checkpoints.py", lora, "--output", tmp_path / "merged"]
     subprocess.run(command, check=True)
     one, two = (
         load_file(lora / "merged" / "model.safetensors"),
@@ -239,21 +241,21 @@ def test_merging_is_a_command(lora, tmp_path):
     )
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 1 and again.stderr.startswith(f"error: {tmp_path}/merged: already there")
+    assert again.returncode == 1 and again.stderr.startswith(f"error: {tmp_path}/merged: already exists")
 
 
 def test_adapters_that_cannot_be_loaded_are_refused(folder, lora, tmp_path):
-    with pytest.raises(BadInput, match="holds LoRA adapters; merge them first"):
+    with pytest.raises(BadInput, match="contains LoRA adapters; merge them first"):
         train(folder, tmp_path / "run", model=str(lora))
     (tmp_path / "no base").mkdir()
     (tmp_path / "no base" / "adapter_config.json").write_text("{}")
-    with pytest.raises(BadInput, match="names no base model"):
+    with pytest.raises(BadInput, match="adapter_config.json: KeyError: 'base_model_name_or_path'"):
         load_model(str(tmp_path / "no base"))
     shutil.copytree(lora, tmp_path / "damaged")
     (tmp_path / "damaged" / "adapter_model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(BadInput, match="damaged: cannot load the model"):
+    with pytest.raises(BadInput, match="damaged: SafetensorError"):
         load_model(str(tmp_path / "damaged"))
-    with pytest.raises(BadInput, match="merged: already there"):
-        merge(str(lora), output=str(lora / "merged"))
-    with pytest.raises(BadInput, match="holds no LoRA adapters"):
-        merge(str(lora / "merged"), output=str(tmp_path / "merged"))
+    with pytest.raises(BadInput, match="merged: already exists"):
+        merge(str(lora), str(lora / "merged"))
+    with pytest.raises(BadInput, match="contains no LoRA adapters"):
+        merge(str(lora / "merged"), str(tmp_path / "merged"))

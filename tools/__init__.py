@@ -1,0 +1,1 @@
+"""What people run beside the method, for example `python -m tools.report runs/grpo`."""
