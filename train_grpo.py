@@ -4,13 +4,13 @@
     accelerate launch --config_file fsdp.yaml train_grpo.py \\
         --model Qwen/Qwen2-Audio-7B-Instruct --data avqa_train.jsonl --output runs/grpo    # the paper's run
 
-One step, for each of `prompts_per_step` questions q with their audio (over all processes):
+One step takes `prompts_per_step` questions q, each with its audio, shared among all processes:
 
     1. sample      o_1..o_G ~ pi_old(. | q)                      a group of G completions
     2. reward      r_i = accuracy + format,  A_i = (r_i - mean(r)) / (std(r) + 1e-4)
     3. reference   log pi_ref(o_i | q)                           for each token
     4. update      ratio = pi / pi_old,  kl = pi_ref / pi - log(pi_ref / pi) - 1
-                   L = - mean_i mean_t [min(ratio A_i, clip(ratio, 1 - eps, 1 + eps) A_i) - beta kl]
+                   L = - mean_q mean_i mean_t [min(ratio A_i, clip(ratio, 1 - eps, 1 + eps) A_i) - beta kl]
 
 `train` is the whole method, top to bottom; `compute_rewards` is what most people change.
 """
@@ -48,7 +48,9 @@ class Config(TrainConfig):
     output: str = HfArg(default="runs/grpo", help="folder for metrics, checkpoints and the final model")
     group_size: int = HfArg(default=8, help="G, the number of completions per prompt")
     temperature: float = HfArg(default=1.0, help="softmax temperature, for sampling and for log-probs")
-    num_iterations: int = HfArg(default=1, help="updates per rollout; clipping has an effect only above 1")
+    num_iterations: int = HfArg(
+        default=1, help="updates per batch of completions; with 1 clipping does nothing"
+    )
     beta: float = HfArg(default=0.04, help="KL coefficient; 0 loads no reference, and kl is logged as 0")
     epsilon: float = HfArg(default=0.2, help="the ratio is clipped to 1 - epsilon .. 1 + epsilon")
     samples_every: int = HfArg(default=50, help="write samples.jsonl every this many steps; 0: never")
@@ -61,7 +63,8 @@ def compute_rewards(examples: list[Example], texts: list[list[str]], prompt: str
     """Return each part of the reward by name, as a (B, G) tensor; texts[b][g] is completion g for example b.
 
     The reward is their sum, and each part is logged as reward_<name>. Change the reward here: an example
-    has question, choices, answer, audio (a path) and row, the complete record from your data file.
+    has question, choices, answer, audio (a path) and row, the complete record from your data file. prompt is
+    plain, answer or think.
     """
     accuracy = torch.zeros(len(texts), len(texts[0]))  # (B, G)
     well_formed = torch.zeros_like(accuracy)
@@ -93,7 +96,7 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, mask, epsilon: float, bet
     clipped = ratio.clamp(1 - epsilon, 1 + epsilon) * A
 
     log_ref_ratio = torch.zeros_like(logps) if ref_logps is None else ref_logps - logps  # log(pi_ref / pi)
-    kl = torch.exp(log_ref_ratio) - log_ref_ratio - 1  # the k3 estimator of KL(pi || pi_ref), per token
+    kl = torch.exp(log_ref_ratio) - log_ref_ratio - 1  # the k3 estimator of KL(pi || pi_ref): never negative
 
     loss = -completion_mean(torch.min(unclipped, clipped) - beta * kl, mask)
     clip_fraction = completion_mean((clipped < unclipped).float(), mask)
@@ -107,21 +110,22 @@ def train(config: Config) -> None:
     check_at_least(config, group_size=2, num_iterations=1, max_steps=1, beta=0, epsilon=0, samples_every=0)
     if config.temperature <= 0:
         raise BadInput(f"--temperature must be above 0, not {config.temperature}")
-    # run.model is the plain model, which samples; run.policy wraps it for DDP or FSDP2 and returns log-probs,
-    # of the same distribution: logits divided by the temperature
+    # run.model is the bare model, used for sampling. run.policy wraps the same weights for DDP or FSDP2; its
+    # forward returns the log-prob of each completion token at the sampling temperature
     run = setup(config, config.temperature, with_reference=config.beta > 0)
     accelerator = run.accelerator
     device = accelerator.device
     batches = read_batches(run)  # one for each step that is left, prepared ahead by a thread
     with stop_together(run, run.first_step):
-        preview = read_preview(run)
+        fixed_prompts = read_fixed_prompts(run)
     progress = tqdm(initial=run.first_step, total=config.max_steps, disable=not accelerator.is_main_process)
 
     for step in range(run.first_step, config.max_steps + 1):
         is_last = step == config.max_steps  # the final pass only saves, evaluates and samples
 
-        # Every n steps. If one process hits an error or receives a signal inside stop_together, all processes
-        # save a checkpoint and stop; otherwise the others would wait for it forever
+        # Periodic work: checkpoint, evaluate, sample.
+        # stop_together: if any process fails or is told to stop inside the block, all save a checkpoint and
+        # stop; without it the others would wait forever
         if step > run.first_step and step % config.save_every == 0:
             save_checkpoint(run, step)
         if run.eval_examples and (is_last or step % config.eval_every == 0):
@@ -131,13 +135,13 @@ def train(config: Config) -> None:
                 log_metrics(run, step, {"eval_accuracy": accuracy})
         if config.samples_every and (is_last or step % config.samples_every == 0):
             with stop_together(run, step):
-                write_preview(run, preview, step)
+                write_samples(run, fixed_prompts, step)
         if is_last:
             break
 
         started = now()
         with stop_together(run, step):
-            batch = next(batches)  # this process's B prompts
+            batch = next(batches)  # this process's B prompts; a clip that is skipped has been replaced
         if step in config.skip_steps:
             announce(run, f"step {step}: skipped (listed in --skip_steps)")
             progress.update()
@@ -155,7 +159,8 @@ def train(config: Config) -> None:
         total_reward = sum(rewards.values())
         advantages = group_advantages(total_reward).to(device)
 
-        # 3. log-probs under the frozen reference: the model as it was before training
+        # 3. log-probs under the reference, without gradients: the model as it was before training. Under LoRA
+        # that is the policy with its adapters off
         ref_logps = None
         if config.beta > 0:
             with reference_policy(run) as reference:
@@ -182,8 +187,8 @@ def train(config: Config) -> None:
                     with accelerator.autocast():
                         logps = run.policy(select_rows(batch.inputs, rows), ids[rows], mask[rows])
                     if iteration == 0:
-                        # The policy has not changed since it sampled, so its own log-probs are old_logps:
-                        # the ratio is 1, but its gradient is still that of log pi
+                        # The policy has not changed since sampling, so pi_old is pi (but for LoRA dropout).
+                        # The ratio is 1, and its gradient is that of log pi: REINFORCE plus the KL term
                         old_logps[rows] = logps.detach()
                     loss, kl, clip_fraction = grpo_loss(
                         logps,
@@ -194,18 +199,19 @@ def train(config: Config) -> None:
                         config.epsilon,
                         config.beta,
                     )
-                    # dividing averages over micro-batches; DDP or FSDP2 averages over processes
+                    # divide to average over micro-batches; DDP or FSDP2 then averages over processes
                     accelerator.backward(loss / len(run.micro_batches))
                 losses.append(loss.detach())
                 stats.append(torch.stack([loss.detach(), kl, clip_fraction]))
 
             # clips in place, and returns the norm that the gradient had before
             grad_norm = float(accelerator.clip_grad_norm_(run.policy.parameters(), 1.0))
-            # after the first iteration the step is partly done, so there is no clean state to save
+            # check_update raises if a loss or the gradient is nan or inf. After the first iteration the step
+            # is partly done, so there is no clean state to save
             with stop_together(run, step, can_save=iteration == 0):
                 check_update(run, step, batch, losses, grad_norm)
             run.optimizer.step()
-            # DDP's gradients are views into its buckets; set to None, they would be allocated a second time
+            # DDP's gradients are views into its buckets; set to None, they would be allocated again
             run.optimizer.zero_grad(set_to_none=not isinstance(run.policy, DistributedDataParallel))
         updated = now()
 
@@ -220,7 +226,7 @@ def train(config: Config) -> None:
             "grad_norm": grad_norm,
             "lr": run.optimizer.param_groups[0]["lr"],
             **batch.metrics,  # clips that were cut or skipped
-            "seconds_sample": sampled - started,
+            "seconds_sample": sampled - started,  # and waiting for the batch
             "seconds_score": scored - sampled,  # rewards and reference
             "seconds_update": updated - scored,
         }
@@ -240,13 +246,18 @@ def train(config: Config) -> None:
 
 
 def sample_groups(run: Run, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """G completions for each prompt of the batch: ids and mask (B, G, T)."""
+    """Sample G completions for each prompt of the batch: ids and mask (B, G, T).
+
+    If the audio encoder is frozen, its output is added to batch.inputs, for scoring and update.
+    """
     config = run.config
     B, G, T = len(batch.examples), config.group_size, config.max_new_tokens
+    # one random number per token, fixed by the seed and the prompt's place in the run's stream of prompts, so
+    # that a sample depends neither on the batch nor on the number of processes
     noise = sampling_noise(config.seed, batch.first, B, G, T).to(run.accelerator.device)
     run.policy.eval()
     with torch.no_grad(), run.accelerator.autocast(), unsharded(run.policy):
-        if encoder_is_frozen(run.model):  # encode the audio once, for sampling, scoring and update
+        if encoder_is_frozen(run.model):
             batch.inputs["encoded_audio"] = encode_audio(run.model, batch.inputs)
         with located(f"batch of {locations(batch.examples)}", BadInput):
             return sample(run.model, batch.inputs, run.eos_ids, T, config.temperature, noise)
@@ -273,16 +284,16 @@ def completion_metrics(run: Run, texts: list[list[str]], ids, mask, rewards) -> 
     return metrics
 
 
-def read_preview(run: Run) -> Batch:
-    """The first prompts of the run, five at most, whose completions samples.jsonl records again and again."""
+def read_fixed_prompts(run: Run) -> Batch:
+    """Up to five prompts from the start of the run, sampled again every --samples_every steps."""
     count = min(5, run.config.prompts_per_step, len(run.examples))
     batch = read_batch(run.processor, run.examples, run.config, 0, count)
     batch.inputs = {name: value.to(run.accelerator.device) for name, value in batch.inputs.items()}
     return batch
 
 
-def write_preview(run: Run, batch: Batch, step: int) -> None:
-    """Sample the preview's prompts for samples.jsonl and print one group; nothing is trained on them.
+def write_samples(run: Run, batch: Batch, step: int) -> None:
+    """Sample the fixed prompts, append the groups to samples.jsonl and print one: no update is made here.
 
     Prompts and random numbers are the same every time, so any change comes from the policy.
     """
@@ -292,9 +303,16 @@ def write_preview(run: Run, batch: Batch, step: int) -> None:
     advantages = group_advantages(rewards)
     lines = []
     for b, example in enumerate(batch.examples):
-        line = {"step": step, "audio": example.audio, "question": example.question}
-        line |= {"choices": example.choices, "answer": example.answer, "completions": texts[b]}
-        line |= {"rewards": rewards[b].tolist(), "advantages": [round(A, 4) for A in advantages[b].tolist()]}
+        line = {
+            "step": step,
+            "audio": example.audio,
+            "question": example.question,
+            "choices": example.choices,
+            "answer": example.answer,
+            "completions": texts[b],
+            "rewards": rewards[b].tolist(),
+            "advantages": [round(A, 4) for A in advantages[b].tolist()],
+        }
         lines.append(line)
     append_rows(run, "samples.jsonl", lines)
 

@@ -73,8 +73,9 @@ def train(config: Config) -> None:
     for step in range(run.first_step, run.max_steps + 1):
         is_last = step == run.max_steps  # the final pass only saves and evaluates
 
-        # Every n steps. If one process hits an error or receives a signal inside stop_together, all processes
-        # save a checkpoint and stop; otherwise the others would wait for it forever
+        # Periodic work: checkpoint, evaluate.
+        # stop_together: if any process fails or is told to stop inside the block, all save a checkpoint and
+        # stop; without it the others would wait forever
         if step > run.first_step and step % config.save_every == 0:
             save_checkpoint(run, step)
         if run.eval_examples and (is_last or step % config.eval_every == 0):
@@ -117,7 +118,7 @@ def train(config: Config) -> None:
         with stop_together(run, step):
             check_update(run, step, batch, losses, grad_norm)
         run.optimizer.step()
-        # DDP's gradients are views into its buckets; set to None, they would be allocated a second time
+        # DDP's gradients are views into its buckets; set to None, they would be allocated again
         run.optimizer.zero_grad(set_to_none=not isinstance(run.policy, DistributedDataParallel))
         updated = now()
 
