@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cli import BadInput, located, run_main
-from data import write_atomically, write_rows
+from data import LOCK, write_atomically, write_rows
 from model import MODEL_FILES, add_saved_adapters, base_of_adapters, check_finite, load_model
 
 # flags that may differ when a run is resumed: no earlier step depends on them (data is compared by content)
@@ -88,18 +88,15 @@ def save_model(run, folder: str) -> None:
                 state_dict[name] = gathered(p.detach())
     else:
         state_dict = accelerator.get_state_dict(run.policy)
-
-    # of tied weights only the first name is saved
-    first_names = {f"model.{name}" for name, _ in model.named_parameters()}
-    all_names = {f"model.{name}" for name, _ in model.named_parameters(remove_duplicate=False)}
-    weights = {}
-    for name, weight in state_dict.items():
-        if name not in all_names - first_names:
-            weights[name.removeprefix("model.")] = weight
-    check_finite(weights.items())
     if not accelerator.is_main_process:
         return
 
+    state_dict = {name.removeprefix("model."): weight for name, weight in state_dict.items()}
+    missing = run.saved_names - state_dict.keys()
+    if missing:  # a wrapper may have renamed them, and nobody could load the model
+        raise BadInput(f"{len(missing)} weights are missing from the state, first {min(missing)}")
+    weights = {name: state_dict[name] for name in sorted(run.saved_names)}
+    check_finite(weights.items())
     if run.adapters:
         weights = {f"base_model.model.{name}": weight for name, weight in weights.items()}
         run.adapters.save_pretrained(folder, state_dict=weights)
@@ -112,7 +109,16 @@ def save_model(run, folder: str) -> None:
             config.dtype = dtype  # as the weights are stored, not as they were trained
         model.config.save_pretrained(folder)
     run.processor.save_pretrained(folder)
-    write_atomically(os.path.join(folder, "run.json"), json.dumps(asdict(run.config), indent=2))
+    settings = asdict(run.config) | {"base_hash": run.base_hash}
+    write_atomically(os.path.join(folder, "run.json"), json.dumps(settings, indent=2))
+
+
+def names_to_save(model, adapters) -> set[str]:
+    """Names of the weights in a checkpoint: the adapters, or all weights, tied ones by their first name."""
+    names = {name for name, p in model.named_parameters() if p.requires_grad or not adapters}
+    if not adapters:
+        names |= dict(model.named_buffers()).keys() & model.state_dict().keys()  # those that are saved
+    return names
 
 
 def save_state(run, folder: str, step: int) -> None:
@@ -185,6 +191,7 @@ def resume(run) -> int:
         accelerator.print(f"--resume: continuing from {folders[-1]}")
         step = load_state(run, os.path.join(folders[-1], "state"))
     else:
+        check_barely_begun(output)
         accelerator.print(f"--resume: no complete checkpoint in {output}, so this run starts at step 0")
         step = 0
     if accelerator.is_main_process:
@@ -196,6 +203,17 @@ def resume(run) -> int:
                 write_rows(path, [line for line in read_log(path) if line["step"] < step])
     accelerator.wait_for_everyone()
     return step
+
+
+def check_barely_begun(output: str) -> None:
+    """Raise BadInput unless the folder holds nothing but what a run leaves before its first checkpoint."""
+    expected = {LOCK, "metrics.jsonl", "samples.jsonl", "r1-aqa", "wandb"}  # the last two are of trackers
+    found = [name for name in sorted(os.listdir(output)) if name not in expected]
+    found = [name for name in found if not name.endswith(".partial")]
+    if found:
+        raise BadInput(
+            f"--resume: {output} has no complete checkpoint, but {found[0]}; name another --output"
+        )
 
 
 def list_states(output: str) -> list[str]:
@@ -279,6 +297,7 @@ def check_same_run(run, state: dict) -> None:
 
 def merge(adapters: str, output: str) -> None:
     """Merge LoRA adapters into their base and write a plain model, in the base's dtype."""
+    output = os.path.normpath(output)  # without a slash at its end
     base = base_of_adapters(adapters)
     if not base:
         raise BadInput(f"{adapters}: contains no LoRA adapters")

@@ -12,6 +12,7 @@ A row of any of these datasets becomes one `Example`; anything else is refused w
 import hashlib
 import io
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -121,28 +122,41 @@ def to_example(row: object, location: str, folder: str) -> Example:
         raise BadInput(f"no list of at least two options (key '{choices_key}')")
     for number, choice in enumerate(choices, 1):
         is_text = isinstance(choice, (str, int, float)) and not isinstance(choice, bool)
-        if not is_text or not str(choice).strip():
+        if not is_text or not str(choice).strip() or choice != choice:  # nan does not equal itself
             raise BadInput(f"option {number} is not text: {choice!r}")
-    choices = [str(choice) for choice in choices]
+    choices = [as_shown(str(choice)) for choice in choices]
 
     thought = row.get("thought")
     if not isinstance(thought, str):
         thought = ""
-    text = "\n".join([question, *choices, thought])
-    text.encode()  # half of a surrogate pair raises
-    special = re.search(r"<\|\w+\|>", text)
-    if special:
-        raise BadInput(f"the text contains the special token {special[0]}")
+    "\n".join([question, *choices, thought]).encode()  # half of a surrogate pair raises
 
-    answer = row.get("answer")
-    if answer == "":  # as in MMAU's Test
-        answer = None
+    answer = row.get("answer") if has_answer(row) else None
     if answer is not None:
-        answer = choice_at(answer, choices) if is_avqa else str(answer)
+        answer = choice_at(answer, choices) if is_avqa else as_shown(str(answer))
     if is_avqa:
         question = question.replace("video", "audio")  # as R1-AQA does
     audio, found_by_name = find_clip(row, folder)
     return Example(audio, question, choices, answer, row, location, "", thought, found_by_name)
+
+
+def as_shown(option: str) -> str:
+    """An option as a model can repeat it. Raises BadInput for characters that the prompt shows as escapes.
+
+    The prompt contains the options as a Python list, in which a non-breaking space or a tab is an escape,
+    while the reward compares characters: white space becomes plain spaces.
+    """
+    option = re.sub(r"\s", " ", option)
+    for character in option:
+        if not character.isprintable():
+            raise BadInput(f"an option contains the invisible character U+{ord(character):04X}: {option!r}")
+    return option
+
+
+def has_answer(row: dict) -> bool:
+    """Whether a row has an answer: not missing, null, empty (as in MMAU's Test), or nan (from pandas)."""
+    answer = row.get("answer")
+    return answer is not None and answer != "" and answer == answer
 
 
 def choice_at(index: object, choices: list):
@@ -177,7 +191,8 @@ def find_clip(row: dict, folder: str) -> tuple[str, bool]:
         names = [f"{stem}.{extension}" for extension in ("wav", "flac", "mp3", "ogg") for stem in stems]
     else:
         names = [name, os.path.basename(name)]
-    paths = [os.path.normpath(os.path.join(folder, name)) for name in names]
+    # not os.path.normpath, which removes `..` together with the name before it, even if that is a link
+    paths = [str(Path(folder, name)) for name in names]
     for path in paths:
         if os.path.isfile(path):
             return path, keys[0] != "video_name" and path != paths[0]
@@ -210,13 +225,16 @@ def question_text(example: Example, prompt: str) -> str:
 
 
 def check_prompt(processor, example: Example, prompt: str) -> None:
-    """Raise BadInput for a question that is too long or contains an audio placeholder."""
-    text = question_text(example, prompt)
-    if processor.audio_token in text:
-        raise BadInput(f"the text contains the special token {processor.audio_token}")
-    tokens = len(processor.tokenizer(text)["input_ids"])
+    """Raise BadInput for a question that is too long, or a text that contains a special token."""
+    tokenizer = processor.tokenizer
+    tokens = len(tokenizer(question_text(example, prompt))["input_ids"])
     if tokens > MAX_QUESTION_TOKENS:
         raise BadInput(f"the question has {tokens} tokens; the limit is {MAX_QUESTION_TOKENS}")
+    # only what comes from the row: for some tokenizers the <think> of the prompt is a token as well
+    text = "\n".join([example.question, *example.choices, example.thought])
+    for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
+        if token in processor.special_ids:
+            raise BadInput(f"the text contains the special token {tokenizer.convert_ids_to_tokens(token)}")
 
 
 def chat_text(processor, example: Example, prompt: str) -> str:
@@ -229,8 +247,44 @@ def chat_text(processor, example: Example, prompt: str) -> str:
 
 # ---------------------------------------------------------------- audio
 
+# an MP3 frame that states the length of the file; and the beginning of another file, in one that was joined
+XING_PATTERN = rb"\xff[\xe2-\xff]..\0{9}(?:\0{8}|\0{23})?(?:Xing|Info)"
+XING = re.compile(XING_PATTERN, re.DOTALL)
+JOINT = re.compile(rb"OggS\0[\2\6]|" + XING_PATTERN, re.DOTALL)
 
-def open_audio(path: str, content: bytes | None = None) -> soundfile.SoundFile:
+
+class AudioStream(soundfile.SoundFile):
+    """A clip that is read until its decoder ends: headers claim too little, too much, or 2^63 samples.
+
+    source: the bytes, as a file.
+    """
+
+    def __init__(self, source):
+        self.source = source
+        super().__init__(source)
+
+    def seekable(self) -> bool:
+        return False  # otherwise soundfile would stop where the header says
+
+    def read_channel(self, channel: int, limit: float) -> np.ndarray:
+        """Samples (n,) float32 of one channel, `limit` at most."""
+        blocks = [np.zeros(0, np.float32)]
+        count = 0
+        while count < limit:
+            block = self.read(1 << 16, dtype="float32", always_2d=True)  # a file may have a thousand channels
+            if len(block) == 0:
+                break
+            blocks.append(block[:, channel].copy())
+            count += len(block)
+        samples = np.concatenate(blocks)
+        return samples if count <= limit else samples[: int(limit)]
+
+    def seconds(self) -> float | None:
+        """The length that the header claims; None if it claims none."""
+        return self.frames / self.samplerate if self.frames < 2**62 else None
+
+
+def open_audio(path: str, content: bytes | None = None) -> AudioStream:
     """Open a clip and read its header. Raises BadInput if it is not audio, under 0.1 s, or cut short.
 
     content: the bytes of the clip, where `path` is only a name for messages.
@@ -238,42 +292,82 @@ def open_audio(path: str, content: bytes | None = None) -> soundfile.SoundFile:
     if content is None and not os.path.isfile(path):
         raise BadInput(f"{path}: no such audio file")
     with located(path):
-        file = soundfile.SoundFile(path if content is None else io.BytesIO(content))
+        source = open(path, "rb") if content is None else io.BytesIO(content)
+        start = source.read(10)
+        source.seek(0)
+        if start[:3] == b"ID3":  # a tag before the sound, whose bytes libsndfile would count as sound
+            tag_size = 10 + sum(byte << shift for byte, shift in zip(start[6:], (21, 14, 7, 0)))
+            source = io.BytesIO(source.read()[tag_size:])
+        try:
+            file = AudioStream(source)
+        except soundfile.LibsndfileError as error:
+            raise BadInput(f"cannot be read as audio ({error.error_string})") from None
         # libsndfile repairs a size that is too large and reports it only in its log. Sizes near 2 or 4 GiB
         # come from a writer that could not know the length, such as a pipe
         claim = re.search(r"(?:data|SSND) : (\d+) \(should be (\d+)\)", file.extra_info)
-        cut_short = claim and int(claim[2]) < 0.9 * int(claim[1]) < 1.9e9
-        if cut_short or "lacks an end-of-stream bit" in file.extra_info:
+        if claim and int(claim[2]) < 0.9 * int(claim[1]) < 1.9e9:
             raise BadInput(f"is cut short ({file.frames / file.samplerate:.1f} s remain)")
         if file.frames < 0.1 * file.samplerate:
             raise BadInput(f"is empty ({file.frames} samples at {file.samplerate} Hz; the minimum is 0.1 s)")
     return file
 
 
-def load_audio(path: str, window: int | None = None) -> np.ndarray:
+def decode_audio(path: str, content: bytes | None, channel: int, max_seconds: float):
+    """Samples (n,) of one channel and their rate in Hz. content: see open_audio."""
+    with open_audio(path, content) as file, located(path):
+        rate = file.samplerate
+        limit = rate * max_seconds
+        samples = file.read_channel(channel, limit)
+        if len(samples) >= limit:
+            return samples, rate
+
+        # the decoder has ended: was that the end of the file?
+        seconds = len(samples) / rate
+        if file.format not in ("MP3", "OGG"):
+            if file.seconds() is not None and len(samples) < 0.9 * file.frames:
+                raise BadInput(f"is cut short ({seconds:.1f} of {file.seconds():.1f} s remain)")
+            return samples, rate
+        position = file.source.tell()
+        file.source.seek(0)
+        content = file.source.read()
+        unread = content[position:]
+
+        joint = JOINT.search(content, 1000) if unread else None  # in a file that was joined from several
+        if joint is None:
+            if file.format == "OGG":
+                cut_short = "Junk after the last page" in file.extra_info  # half a page
+            else:
+                cut_short = XING.match(content) and len(samples) < 0.9 * file.frames
+            if cut_short:
+                raise BadInput(f"is cut short ({seconds:.1f} s remain)")
+            if unread.count(content[:2]) > 3:  # more frames, which libsndfile does not decode
+                raise BadInput(f"only its first {seconds:.1f} s can be decoded: re-encode it")
+            return samples, rate
+        rest, rest_rate = decode_audio(path, content[joint.start() :], channel, max_seconds - seconds)
+        if rest_rate != rate:
+            raise BadInput(f"is joined from parts of {rate} and {rest_rate} Hz: re-encode it")
+        return np.concatenate([samples, rest]), rate
+
+
+def load_audio(path: str, window: int | None = None, channel: int = 0) -> np.ndarray:
     """Samples (n,) float32 at 16 kHz: channel 0, as R1-AQA (not a mean), resampled by soxr.
 
     window: number of samples at 16 kHz that the model uses. A longer clip is read only that far, and n is
     then window + 1. Raises BadInput if the clip cannot be read.
     """
-    with open_audio(path) as file, located(path):
-        frames = file.frames
-        if window is not None:
-            # one second more, so that resampling does not see the cut
-            frames = min(frames, file.samplerate * (window // SAMPLE_RATE + 2))
-        blocks = []
-        for start in range(0, frames, 1 << 16):  # a file may have a thousand channels
-            block = file.read(min(1 << 16, frames - start), dtype="float32", always_2d=True)
-            blocks.append(block[:, 0].copy())
-        samples = np.concatenate(blocks)
-        if len(samples) < 0.9 * frames:  # MP3 headers are not exact
-            raise BadInput(f"is cut short ({len(samples)} of {frames} samples remain)")
-        if not np.isfinite(samples).all():
-            raise BadInput("has samples that are nan or inf")
-        wave = samples
-        if file.samplerate != SAMPLE_RATE:
-            wave = soxr.resample(samples, file.samplerate, SAMPLE_RATE)
+    # one second more than the window, so that resampling does not see the cut
+    max_seconds = math.inf if window is None else window // SAMPLE_RATE + 2
+    wave, rate = decode_audio(path, None, channel, max_seconds)
+    if not np.isfinite(wave).all():
+        raise BadInput(f"{path}: has samples that are nan or inf")
+    if rate != SAMPLE_RATE:
+        wave = soxr.resample(wave, rate, SAMPLE_RATE)
     return wave if window is None else wave[: window + 1]
+
+
+def is_silent(wave: np.ndarray) -> bool:
+    """Whether a clip is digital silence, or below the last bit of 16."""
+    return np.abs(wave).max(initial=0) < 2**-15
 
 
 def window_size(processor) -> int:
@@ -358,8 +452,12 @@ def read_batch(processor, examples: list[Example], config, first: int, count: in
         batch.append(example)
         waves.append(wave)
     inputs = make_inputs(processor, batch, waves, config.prompt)
-    cut = sum(is_cut(processor, wave) for wave in waves)
-    return Batch(first, batch, inputs, {"clips_cut": cut / count, "clips_skipped": skipped / count})
+    metrics = {
+        "clips_cut": sum(is_cut(processor, wave) for wave in waves) / count,
+        "clips_silent": sum(is_silent(wave) for wave in waves) / count,
+        "clips_skipped": skipped / count,
+    }
+    return Batch(first, batch, inputs, metrics)
 
 
 def stream_indices(n: int, seed: int, start: int, count: int) -> list[int]:

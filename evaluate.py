@@ -244,8 +244,11 @@ def evaluate(config: Config, accelerator, examples: list[Example], digest: str, 
 
 def comparable_settings(config: Config, prompt: str, digest: str) -> dict:
     """The settings that two results must share to be comparable."""
-    names = ("audio_dir", "decoding", "silence", "max_new_tokens", "limit", "seed")
-    return {"prompt": prompt, **{name: getattr(config, name) for name in names}, "data_sha256": digest}
+    names = ("decoding", "silence", "max_new_tokens", "limit", "seed")
+    settings = {"prompt": prompt, **{name: getattr(config, name) for name in names}}
+    # absolute, so that tools.report finds the clips from any folder
+    settings["audio_dir"] = os.path.abspath(config.audio_dir or os.path.dirname(config.data))
+    return settings | {"data_sha256": digest}
 
 
 def evaluate_checkpoints(config: Config, accelerator, examples: list[Example], digest: str) -> None:
@@ -338,6 +341,7 @@ def show(results: dict, target: str) -> None:
     notes = {
         "unanswered": "rows have no answer to compare with and are not in the score",
         "missing": "rows have no prediction and count as wrong (the benchmark's script may leave them out)",
+        "letters": "predictions are a letter or an index, but MMAU's rule wants the option's text",
         "odd_answers": "rows have an answer that is not among their options, such as a letter or an index",
         "over_length": "clips are longer than the model's window; the rest was cut",
     }

@@ -61,7 +61,8 @@ def load_model(path: str, dtype="auto"):
     fits. Anything else raises BadInput.
     """
     if base := base_of_adapters(path):
-        model, processor = load_model(base, dtype)
+        with located(f"{path}: the base of these adapters", BadInput):
+            model, processor = load_model(base, dtype)
         with located(path):
             add_saved_adapters(model, path)
         return model, processor
@@ -100,7 +101,11 @@ def load_processor(path: str):
     processor_class = VoxtralProcessor if family(path) == "Voxtral" else AutoProcessor
     with located(path):
         processor = processor_class.from_pretrained(path, **NO_CODE)
-    processor.tokenizer.padding_side = "left"  # for sampling, whatever the hub's tokenizer config says
+    tokenizer = processor.tokenizer
+    tokenizer.padding_side = "left"  # for sampling, whatever the hub's tokenizer config says
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token will do
+    processor.special_ids = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     # make_inputs asks for this too, but Qwen3-Omni's processor ignores it in transformers 5.23
     processor.audio_kwargs = getattr(processor, "audio_kwargs", {}) | window_padding(processor)
     return processor
@@ -157,6 +162,12 @@ def add_saved_adapters(model, path: str):
     """Put saved adapters into their base; returns peft's view of it. Raises BadInput if they do not fit."""
     from peft import PeftModel, get_peft_model_state_dict
 
+    settings = os.path.join(path, "run.json")
+    if os.path.exists(settings):
+        with open(settings) as file:
+            base_hash = json.load(file).get("base_hash")
+        if base_hash not in (None, weights_hash(model)):
+            raise BadInput("the base model does not have the weights that these adapters were trained on")
     adapters = PeftModel.from_pretrained(model, path)
     with safe_open(os.path.join(path, "adapter_model.safetensors"), "pt") as file:
         saved = set(file.keys())
@@ -167,10 +178,10 @@ def add_saved_adapters(model, path: str):
 
 
 def weights_hash(model) -> str:
-    """A short hash of the weights: the same for the same values and dtypes, on any device."""
+    """A short hash of the weights: the same for the same values, in bf16 as in fp32, on any device."""
     hashes = {}
     for name, p in model.named_parameters():
-        hashes[name] = torch.hash_tensor(p.detach()).view(torch.int64)
+        hashes[name] = torch.hash_tensor(p.detach().float()).view(torch.int64)
     hashes = {name: int(value) for name, value in hashes.items()}
     return hashlib.sha256(repr(hashes).encode()).hexdigest()[:16]
 
@@ -194,7 +205,7 @@ class Policy(nn.Module):
         return shared_prompt_logps(self.model, inputs, ids, mask, self.temperature)
 
     def initialize(self) -> None:
-        """An empty forward: FSDP2 takes the first module that runs for its root, and it must be this one."""
+        """An empty forward pass; see setup() in training.py."""
 
 
 @contextmanager
@@ -216,28 +227,32 @@ def unsharded(policy):
 
 
 def load_policy(config, accelerator: Accelerator):
-    """The model to train, its processor, and peft's view of it (None without LoRA)."""
+    """The model to train, its processor, peft's view of it (None without LoRA), its weights' hash."""
     if base_of_adapters(config.model):
         raise BadInput(f"{config.model}: contains LoRA adapters; merge them first (python checkpoints.py)")
+    # fp32: at a learning rate of 1e-6, bf16 weights would swallow the updates. LoRA's base is not trained
+    model, processor = load_model(config.model, "auto" if config.lora_rank else torch.float32)
+    base_hash = weights_hash(model)
     if config.lora_rank:
-        model, processor = load_frozen(config, accelerator)
+        freeze(model, accelerator)
     else:
-        # fp32: at a learning rate of 1e-6, bf16 weights would swallow the updates
-        model, processor = load_model(config.model, torch.float32)
         freeze_unused(model, config.freeze_audio_encoder)
     disable_dropout(model)
     adapters = add_lora(model, config) if config.lora_rank else None
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model, processor, adapters
+    return model, processor, adapters, base_hash
 
 
-def load_frozen(config, accelerator: Accelerator):
-    """A model that is not trained, such as the reference or LoRA's base, and its processor.
+def load_reference(config, accelerator: Accelerator):
+    """The reference: the model that training starts from, frozen."""
+    model, _ = load_model(config.model)
+    freeze(model, accelerator)
+    return model
 
-    Under bf16 its matrices are bf16, as autocast would compute with them; everything else is fp32.
-    """
-    model, processor = load_model(config.model)
+
+def freeze(model, accelerator: Accelerator) -> None:
+    """Freeze all weights. Under bf16, matrices become bf16, as autocast would compute; the rest is fp32."""
     seen = set()
     for module in model.modules():
         parameters = list(module.parameters(recurse=False))
@@ -248,7 +263,7 @@ def load_frozen(config, accelerator: Accelerator):
                 bf16 = is_matrix and accelerator.mixed_precision == "bf16"
                 p.data = p.data.to(torch.bfloat16 if bf16 else torch.float32)
                 seen.add(p)
-    return model.eval().requires_grad_(False), processor
+    model.eval().requires_grad_(False)
 
 
 def freeze_unused(model, freeze_audio_encoder: bool) -> None:
@@ -389,16 +404,21 @@ def additive_mask(visible: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
 
 
 def eos_tokens(model, processor) -> list[int]:
-    """Every id that ends a completion: those of the model's generation config and the tokenizer's own."""
+    """Every id that ends a completion, for the generation config, the tokenizer or the chat template."""
     ids = model.generation_config.eos_token_id
     ids = ids if isinstance(ids, list) else [ids]
-    return sorted({*ids, processor.tokenizer.eos_token_id} - {None})
+    return sorted({*ids, processor.tokenizer.eos_token_id, end_of_turn(processor)} - {None})
 
 
 def end_of_turn(processor) -> int:
     """The id that ends the assistant's turn in the chat template: SFT teaches it at the end of an answer."""
-    tokenizer = processor.tokenizer
-    return tokenizer.get_vocab().get("<|im_end|>", tokenizer.eos_token_id)
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "ANSWER"}]}
+    question = {"role": "user", "content": [{"type": "text", "text": "QUESTION"}]}
+    text = processor.apply_chat_template([question, answer], tokenize=False)
+    after = processor.tokenizer(text.rpartition("ANSWER")[2], add_special_tokens=False)["input_ids"]
+    if after and after[0] in processor.special_ids:
+        return after[0]
+    return processor.tokenizer.eos_token_id
 
 
 def completion_mask(ids: torch.Tensor, eos_ids: list[int]) -> torch.Tensor:

@@ -9,7 +9,7 @@ import re
 from collections import defaultdict
 
 from cli import BadInput, located
-from data import choice_at
+from data import choice_at, has_answer
 
 TEXT = r"\s*(?!\s)(?:(?!</?(?:think|answer)>).)+"  # not blank, and without any of the tags
 FORMATS = {
@@ -72,7 +72,7 @@ def judge(row: object, location: str) -> bool | None:
         raise BadInput(f"{location}: not a JSON object")
     if "unusable" in row:  # set by evaluate.py for a row that it could not read
         return False
-    if row.get("answer") is None or row["answer"] == "":
+    if not has_answer(row):
         return None
     answer, choices = answer_and_choices(row, location)
     return mmau_match(prediction_of(row) or "", answer, choices)
@@ -108,12 +108,16 @@ def score(rows: list[tuple]) -> dict:
     """Accuracy of (row, location) pairs, overall and by group; a row without a prediction is wrong."""
     marks = [judge(row, location) for row, location in rows]
     odd_answers = 0
+    letters = 0  # predictions such as "B", "(b)" or "2"
     has_answers = False
     for (row, location), mark in zip(rows, marks):
         if mark is not None and "unusable" not in row:
             has_answers = True
             answer, choices = answer_and_choices(row, location)
             odd_answers += words(answer) not in [words(choice) for choice in choices]
+            prediction = (prediction_of(row) or "").strip()
+            is_letter = re.fullmatch(r"\(?([a-zA-Z]|\d+)\)?[.:]?", prediction) is not None
+            letters += is_letter and words(prediction) not in [words(choice) for choice in choices]
     if not has_answers:  # as in MMAU's Test: then an unusable row is not wrong either
         marks = [None] * len(rows)
 
@@ -126,6 +130,7 @@ def score(rows: list[tuple]) -> dict:
         "unanswered": marks.count(None),
         "missing": sum(prediction_of(row) is None for row in only_rows),
         "odd_answers": odd_answers,
+        "letters": letters,
         "by": groups,
     }
 

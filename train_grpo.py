@@ -118,6 +118,7 @@ def train(config: Config) -> None:
     batches = read_batches(run)  # one for each step that is left, prepared ahead by a thread
     with stop_together(run, run.first_step):
         fixed_prompts = read_fixed_prompts(run)
+    warned = False  # of truncated completions
     progress = tqdm(initial=run.first_step, total=config.max_steps, disable=not accelerator.is_main_process)
 
     for step in range(run.first_step, config.max_steps + 1):
@@ -235,6 +236,9 @@ def train(config: Config) -> None:
         metrics = mean_over_processes(run, metrics)
         with stop_together(run, step + 1):
             log_metrics(run, step, metrics)
+        if metrics["truncated"] > 0.5 and not warned:
+            announce(run, f"step {step}: more than half of the completions do not end by --max_new_tokens")
+            warned = True
         names = ("reward", "reward_accuracy", "kl")
         progress.set_postfix({name: f"{metrics[name]:.3g}" for name in names if name in metrics})
         progress.update()

@@ -19,14 +19,15 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, register_fsdp_forward_method
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
-from checkpoints import is_saved, resume, save_checkpoint
+from checkpoints import is_saved, names_to_save, resume, save_checkpoint
 from cli import BadInput, check_at_least, located, printable, say
 from data import LOCK, PROMPTS, Batch, Example, check_audio, load_examples, lock_folder, prefetch, read_batch
-from model import DEFAULT_MODEL, Policy, eos_tokens, load_frozen, load_policy, weights_hash
+from model import DEFAULT_MODEL, Policy, eos_tokens, load_policy, load_reference
 
 # ---------------------------------------------------------------- settings
 
@@ -107,6 +108,7 @@ class Run:
     micro_batches: list[slice]  # rows of a batch that go through one forward pass
     data_hash: str  # of the training questions
     base_hash: str  # of the weights that training starts from
+    saved_names: set[str]  # of the weights in a checkpoint
     lock: object  # on the output folder
     first_step: int = 0
     signals: list[int] = field(default_factory=list)  # numbers of the signals received
@@ -122,24 +124,25 @@ def setup(config: TrainConfig, temperature: float = 1.0, with_reference: bool = 
         eval_examples, _ = load_questions(accelerator, config, config.eval_data)
     lock = make_output(config, accelerator)
 
-    model, processor, adapters = load_policy(config, accelerator)
-    base_hash = weights_hash(model)
+    model, processor, adapters, base_hash = load_policy(config, accelerator)
     trained = [p for p in model.parameters() if p.requires_grad]
+    saved_names = names_to_save(model, adapters)
     parameters = f"{model.num_parameters() / 1e6:,.1f} M parameters"
     accelerator.print(f"{parameters}, {sum(p.numel() for p in trained) / 1e6:,.1f} M trained")
 
     fused = accelerator.device.type == "cuda"  # under FSDP2 the default would update tensors one by one
     optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=0.0, fused=fused)
     policy, optimizer = accelerator.prepare(Policy(model, temperature), optimizer)
-    register_fsdp_forward_method(policy, "initialize")  # does nothing without FSDP2
-    accelerator.unwrap_model(policy).initialize()
+    if accelerator.is_fsdp2:  # its root is the first module that runs, and must be the policy
+        register_fsdp_forward_method(policy, "initialize")
+        policy.initialize()
+        policy.reshard()
 
     reference = None
     if with_reference and adapters:
         reference = policy
     elif with_reference:
-        frozen, _ = load_frozen(config, accelerator)
-        reference = Policy(frozen, temperature)
+        reference = Policy(load_reference(config, accelerator), temperature)
         if accelerator.is_fsdp2:  # accelerate's own prepare takes only one model
             reference = fsdp2_prepare_model(accelerator, reference)
         else:
@@ -165,6 +168,7 @@ def setup(config: TrainConfig, temperature: float = 1.0, with_reference: bool = 
         micro_batches=micro_batches,
         data_hash=data_hash,
         base_hash=base_hash,
+        saved_names=saved_names,
         lock=lock,
     )
     run.first_step = resume(run)
@@ -185,10 +189,22 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         )
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise BadInput(f"--mixed_precision {accelerator.mixed_precision}: not supported, choose bf16 or no")
+    if accelerator.state.dynamo_plugin.backend != "NO":
+        raise BadInput("accelerate's dynamo_backend must be no (ACCELERATE_DYNAMO_BACKEND)")
+    if accelerator.gradient_accumulation_steps != 1:
+        raise BadInput("accelerate's gradient_accumulation_steps must be 1: --micro_batch accumulates here")
     if accelerator.is_fsdp2:
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.auto_wrap_policy is not transformer_auto_wrap_policy:
+            raise BadInput("accelerate's fsdp_auto_wrap_policy must be TRANSFORMER_BASED_WRAP")
+        if isinstance(plugin.cpu_offload, CPUOffloadPolicy) or plugin.cpu_ram_efficient_loading:
+            raise BadInput("accelerate's fsdp_offload_params and cpu_ram_efficient_loading must be false")
+        if plugin.activation_checkpointing:  # the same thing under this project's own flag
+            plugin.activation_checkpointing = False
+            config.gradient_checkpointing = True
         if accelerator.mixed_precision == "bf16":  # accelerate's own policy would return log-probs in bf16
             precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-            accelerator.state.fsdp_plugin.mixed_precision_policy = precision
+            plugin.mixed_precision_policy = precision
     elif accelerator.distributed_type not in ("NO", "MULTI_GPU", "MULTI_CPU"):
         raise BadInput(f"{accelerator.distributed_type}: not supported, use DDP or FSDP2 (fsdp.yaml)")
     warn_about_gpu(accelerator)
@@ -233,7 +249,7 @@ def make_output(config: TrainConfig, accelerator: Accelerator):
     accelerator.wait_for_everyone()  # until all processes have seen the empty folder
     lock = lock_folder(output) if accelerator.is_main_process else None
     settings = {name: str(value) for name, value in asdict(config).items()}  # trackers refuse lists
-    accelerator.init_trackers("r1-aqa", settings)
+    accelerator.init_trackers("r1-aqa", settings, {"wandb": {"dir": output}})
     if config.log_with and accelerator.is_main_process and not accelerator.trackers:
         raise BadInput(f"--log_with {config.log_with}: not installed, pip install {config.log_with}")
     return lock

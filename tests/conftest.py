@@ -1,6 +1,7 @@
 """What the tests share: a small toy, settings for short runs, what a run left, two processes on a CPU."""
 
 import importlib
+import io
 import json
 import os
 import subprocess
@@ -8,7 +9,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from safetensors.torch import load_file
 
@@ -37,6 +40,22 @@ CONVERTED = {
     "multi_choice": ["dog", "cat"],
     "answer": 1,
 }
+
+
+NOISE = np.random.default_rng(0).uniform(-0.5, 0.5, 32_000).astype(np.float32)
+NOISE_THEN_SILENCE = np.concatenate([NOISE, np.zeros(320_000, np.float32)])
+
+
+def mp3(samples):
+    """An MP3 file of variable bit rate, whose first frame states the length."""
+    file = io.BytesIO()
+    soundfile.write(file, samples, 16_000, format="MP3")
+    return file.getvalue()
+
+
+def without_length(content):
+    """The same MP3 without that frame."""
+    return content[content.index(content[:2], 10) :]
 
 
 def write(path, rows, as_list=False):
@@ -197,7 +216,7 @@ def as_flags(config) -> list[str]:
     return [f"--{name}={value}" for name, value in vars(config).items() if value not in ("", [])]
 
 
-def launch(code: str, *flags, precision: str = "no", fsdp: bool = False, root: Path = ROOT) -> None:
+def launch(code: str, *flags, precision="no", fsdp=False, root=ROOT, **environment) -> None:
     """Run `code` in two processes with these flags, with the scripts of `root`; fsdp: as fsdp.yaml says."""
     code = (
         (FSDP2_ON_CPU if fsdp else "") + "from accelerate import Accelerator\n"
@@ -212,5 +231,5 @@ def launch(code: str, *flags, precision: str = "no", fsdp: bool = False, root: P
         script.flush()
         command = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", precision]
         command += [*(sharded if fsdp else TWO.split()), script.name, *map(str, flags)]
-        done = subprocess.run(command, env=os.environ | device, capture_output=True, text=True)
+        done = subprocess.run(command, env=os.environ | device | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-6000:]

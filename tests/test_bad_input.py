@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import CONVERTED, OWN, ROOT, run_script, write
+from conftest import CONVERTED, NOISE, NOISE_THEN_SILENCE, OWN, ROOT, mp3, run_script, without_length, write
 from safetensors.torch import load_file, save_file
 
 import train_grpo
@@ -54,6 +54,12 @@ def wav(samples):
     return file.getvalue()
 
 
+def ogg(samples):
+    file = io.BytesIO()
+    soundfile.write(file, samples, 16_000, format="OGG", subtype="VORBIS")
+    return file.getvalue()
+
+
 BAD_QUESTIONS = {
     "not an object": (lambda folder: ["a"], "not a JSON object"),
     "no question": (row(question=" "), r"no question \(key 'question'\)"),
@@ -68,6 +74,8 @@ BAD_QUESTIONS = {
     "options as text": (row(choices="dog, cat"), "at least two options"),
     "empty option": (row(choices=["cat", ""]), "option 2 is not text: ''"),
     "option is null": (row(CONVERTED, multi_choice=[None, "cat"]), "option 1 is not text: None"),
+    "option is nan": (row(choices=[float("nan"), "cat"]), "option 1 is not text: nan"),
+    "invisible character in an option": (row(choices=["a\u200bdog", "cat"]), r"invisible character U\+200B"),
     "option is a list": (row(choices=[["dog"], "cat"]), r"option 1 is not text: \['dog'\]"),
     "index too large": (row(CONVERTED, answer=2), "answer must be an index from 0 to 1, not 2"),
     "index is negative": (row(CONVERTED, answer=-1), "answer must be an index from 0 to 1, not -1"),
@@ -82,11 +90,17 @@ BAD_QUESTIONS = {
     "NUL in the name of a clip": (row(audio="a\0.wav"), "no (such )?audio file"),
     "name of a clip is not UTF-8": (row(audio="a\udcff.wav"), "no (such )?audio file|UnicodeEncodeError"),
     "clip is a folder": (row(audio="."), "no (such )?audio file"),
-    "clip is text": (clip("text.wav", b"not a sound"), "text.wav: LibsndfileError"),
+    "clip is text": (clip("text.wav", b"not a sound"), "text.wav: cannot be read as audio"),
     "clip is headerless": (clip("text.raw", b"not a sound"), "text.raw: "),
-    "clip has no bytes": (clip("zero.wav", b""), "zero.wav: LibsndfileError"),
+    "clip has no bytes": (clip("zero.wav", b""), "zero.wav: cannot be read as audio"),
     "clip has no samples": (clip("empty.wav", wav(TONE[:0])), "empty.wav: is empty"),
     "clip is cut short": (clip("cut.wav", wav(TONE)[:32_000]), "cut.wav: is cut short"),
+    "clip ends in half a page": (clip("half.ogg", ogg(NOISE)[:-500]), "half.ogg: is cut short"),
+    "half of an MP3": (clip("half.mp3", mp3(NOISE)[: len(mp3(NOISE)) // 2]), "half.mp3: is cut short"),
+    "MP3 of unknown length": (
+        clip("unknown.mp3", without_length(mp3(NOISE_THEN_SILENCE))),
+        r"unknown.mp3: only its first [\d.]+ s can be decoded",
+    ),
     "clip has nan": (clip("nan.wav", wav(np.where(TONE > 0.4, np.nan, TONE))), "nan.wav: has samples .* nan"),
 }
 BAD_FOR_TRAINING = {  # an evaluation takes these, see test_data.py
@@ -96,6 +110,7 @@ BAD_FOR_TRAINING = {  # an evaluation takes these, see test_data.py
     ),
     "no answer": (row(without="answer"), "has no answer"),
     "empty answer": (row(answer=""), "has no answer"),
+    "answer is nan": (row(answer=float("nan")), "has no answer"),
     "no AVQA answer": (row(CONVERTED, answer=None), "has no answer"),
 }
 

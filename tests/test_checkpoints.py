@@ -89,13 +89,41 @@ def test_a_checkpoint_is_a_model_and_a_state_without_pickle(folder, tmp_path):
 
 
 def test_what_a_killed_save_left_is_no_checkpoint(folder, tmp_path, capsys):
-    train("train_sft", folder, tmp_path / "whole")
+    train("train_sft", folder, tmp_path / "whole", keep_states=9)
     undo(tmp_path / "whole", tmp_path / "run", 4)
     shutil.copytree(tmp_path / "run" / "checkpoint-4", tmp_path / "run" / "checkpoint-5.partial")
-    shutil.rmtree(tmp_path / "run" / "checkpoint-4" / "state")  # killed while removing an older state
-    train("train_sft", folder, tmp_path / "run", resume=True)
-    assert "no complete checkpoint" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4" / "state")
+    train("train_sft", folder, tmp_path / "run", keep_states=9, resume=True)
+    assert "continuing from" in (out := capsys.readouterr().out) and "checkpoint-2" in out
     assert_same_run(tmp_path / "whole", tmp_path / "run", exact=True)
+
+
+KILLED_EARLY = {"metrics.jsonl": "", "checkpoint-2.partial/config.json": ""}
+OTHER_FOLDERS = {
+    "of another tool": {"metrics.jsonl": "{}", "notes.txt": ""},
+    "states deleted for space": {"metrics.jsonl": "{}", "checkpoint-2/config.json": "{}"},
+}
+
+
+def make_folder(path, files):
+    for name, content in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(content)
+
+
+@pytest.mark.parametrize("files", OTHER_FOLDERS.values(), ids=OTHER_FOLDERS)
+def test_resume_empties_no_folder(folder, tmp_path, files):
+    make_folder(tmp_path / "run", files)
+    with pytest.raises(BadInput, match="run has no complete checkpoint, but (notes.txt|checkpoint-2)"):
+        train("train_sft", folder, tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == "{}"
+
+
+def test_resume_starts_a_run_that_was_killed_before_its_first_checkpoint(folder, tmp_path):
+    make_folder(tmp_path / "run", KILLED_EARLY)
+    train("train_sft", folder, tmp_path / "run", resume=True, max_steps=1)
+    train("train_sft", folder, tmp_path / "empty", resume=True, max_steps=1)
+    assert_same_run(tmp_path / "empty", tmp_path / "run", exact=True)
 
 
 def test_another_precision_is_refused(folder, tmp_path):
@@ -348,7 +376,7 @@ def test_two_processes_resume_to_the_bit(folder, tmp_path, fsdp):
 def test_fsdp2_in_bf16_starts_at_the_reference_and_learns(folder, tmp_path, lora_rank):
     flags = as_flags(config("train_grpo", folder, tmp_path / "run", lr=0.1, lora_rank=lora_rank))
     launch(training_code("train_grpo", SGD), *flags, precision="bf16", fsdp=True)
-    *lines, _ = metrics(tmp_path / "run")
+    lines = [line for line in metrics(tmp_path / "run") if "kl" in line]
     assert lines[0]["kl"] == 0 < lines[-1]["kl"] and all(line["grad_norm"] > 0.01 for line in lines)
     assert {weight.dtype for weight in weights(tmp_path / "run").values()} == {
         torch.float32 if lora_rank else torch.bfloat16

@@ -76,6 +76,8 @@ def test_results_contain_numbers_and_settings(folder, evaluation, capsys):
         "missing": 0,
         "unanswered": 0,
         "odd_answers": 0,
+        "letters": 0,
+        "audio_dir": str(folder),
         "model": str(folder / "model"),
         "prompt": "answer",
         "decoding": "greedy",
@@ -305,6 +307,20 @@ def test_answers_that_are_not_an_option_are_counted(score, capsys, answer, is_od
     results = score([{"choices": ["A. dog", "B. cat"], "answer": answer, "model_output": "B. cat"}])
     assert (results["odd_answers"], results["correct"]) == (is_odd, 1 - is_odd)
     assert ("1 rows have an answer that is not among" in capsys.readouterr().out) == bool(is_odd)
+
+
+LETTERED = {"choices": ["dog", "cat", "a"], "answer": "dog"}
+
+
+@pytest.mark.parametrize(
+    "prediction, letters",
+    [("A", 0), ("B", 1), ("(b)", 1), ("2", 1), ("b.", 1), ("dog", 0), ("bc", 0), ("", 0)],
+)
+def test_predictions_that_are_letters_are_counted(score, capsys, prediction, letters):
+    """MMAU's rule scores a bare letter 0, unless it is an option; other benchmarks want one."""
+    results = score([LETTERED | {"model_output": prediction}])
+    assert results["letters"] == letters
+    assert ("1 predictions are a letter or an index" in capsys.readouterr().out) == bool(letters)
 
 
 def test_scoring_again_keeps_what_the_evaluation_knew(folder, tmp_path, evaluation, run_evaluate):

@@ -24,8 +24,8 @@ import train_grpo
 import train_sft
 from cli import BadInput
 from data import SAMPLE_RATE, is_cut, load_audio, make_inputs, read_clip, select_rows, window_size
-from model import FAMILIES, Policy, encode_audio, encoder_is_frozen, eos_tokens, load_frozen, load_model
-from model import load_policy, load_processor, repeated_logps, sample, shared_prompt_logps
+from model import FAMILIES, Policy, encode_audio, encoder_is_frozen, eos_tokens, load_model, load_policy
+from model import load_processor, load_reference, repeated_logps, sample, shared_prompt_logps
 
 LENGTHS = [[3, 7, 1], [2, 9, 4]]  # of completions, for two prompts
 
@@ -162,7 +162,7 @@ def test_it_hears(family, examples):
 @pytest.mark.parametrize("flags", [{}, {"freeze_audio_encoder": True}, {"lora_rank": 2}], ids=str)
 def test_trained_weights_get_a_gradient_and_a_frozen_encoder_can_be_cached(family, examples, flags):
     settings = config("train_grpo", family.folder, "unused", **flags)
-    model, processor, adapters = load_policy(settings, Accelerator())
+    model, processor, _, _ = load_policy(settings, Accelerator())
     inputs = inputs_of(processor, examples[4:6])
     ids, mask = random_completions(LENGTHS)
     logps = shared_prompt_logps(model, inputs, ids, mask, 1.0)
@@ -194,8 +194,8 @@ def test_the_reference_is_the_policy_before_training(family, examples):
         pytest.skip("autocast leaves its experts in fp32; of its size only FSDP2 trains all weights")
     accelerator = SimpleNamespace(mixed_precision="bf16")
     settings = config("train_grpo", family.folder, "")
-    policy, processor, _ = load_policy(settings, accelerator)
-    reference, _ = load_frozen(settings, accelerator)
+    policy, processor, _, _ = load_policy(settings, accelerator)
+    reference = load_reference(settings, accelerator)
     inputs = inputs_of(processor, examples[4:6])
     ids, mask = random_completions(LENGTHS)
     with torch.autocast("cpu", torch.bfloat16):
@@ -226,7 +226,7 @@ def test_the_policy_that_is_scored_is_the_one_that_samples(family, examples, tmp
         dropping, _ = load_model(str(tmp_path / "model"))
         assert not torch.equal(shared_prompt_logps(dropping.train(), inputs, ids, mask, 1.0), expected)
         flags = config("train_grpo", tmp_path, "")
-        policy, _, _ = load_policy(flags, SimpleNamespace(mixed_precision="no"))
+        policy, _, _, _ = load_policy(flags, SimpleNamespace(mixed_precision="no"))
         assert torch.equal(shared_prompt_logps(policy.train(), inputs, ids, mask, 1.0), expected)
     assert changed
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 import model as model_module
 from cli import BadInput
 from data import decode, select_rows
-from model import Policy, additive_mask, draw, embed_prompt, encode_audio, eos_tokens, load_model
-from model import repeated_logps, sample, sampling_noise, shared_prompt_logps
+from model import Policy, additive_mask, draw, embed_prompt, encode_audio, end_of_turn, eos_tokens
+from model import load_model, repeated_logps, sample, sampling_noise, shared_prompt_logps
 
 GROUPS = {
     "unequal lengths": [[3, 7, 1, 5]],
@@ -304,8 +304,6 @@ def test_every_eos_of_the_generation_config_counts(toy_model):
     model, processor = toy_model
     names = processor.tokenizer.convert_ids_to_tokens(eos_tokens(model, processor))
     assert set(names) == {"<|endoftext|>", "<|im_end|>"}
-    model.generation_config.eos_token_id = None
-    assert eos_tokens(model, processor) == [processor.tokenizer.eos_token_id]
 
 
 def test_logits_that_are_nan_are_refused(toy_model, examples):
@@ -324,6 +322,31 @@ def test_placeholders_and_audio_must_match(toy_model, examples):
     inputs["input_ids"][0, place] = 7
     with pytest.raises(BadInput, match="audio placeholders for"):
         embed_prompt(model, inputs)
+
+
+@pytest.mark.parametrize("eos", [None, 0], ids=["none", "another"])
+def test_the_end_of_a_turn_ends_a_completion(folder, toy_model, tmp_path, eos):
+    """Whatever generation_config.json says, or if there is none: SFT teaches it at the end of an answer."""
+    model, processor = toy_model
+    model.generation_config.eos_token_id = eos
+    processor.tokenizer.eos_token = "<|endoftext|>"
+    im_end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end_of_turn(processor) == im_end and im_end in eos_tokens(model, processor)
+    template = processor.chat_template
+    processor.chat_template = template.replace("<|im_end|>", "<|audio_eos|>")
+    assert end_of_turn(processor) == processor.tokenizer.convert_tokens_to_ids("<|audio_eos|>")
+    processor.chat_template = template.replace("<|im_end|>", " END ")
+    assert end_of_turn(processor) == processor.tokenizer.eos_token_id
+
+
+def test_a_tokenizer_without_a_pad_token_is_given_one(folder, tmp_path, examples):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    settings = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    settings["pad_token"] = None
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(settings))
+    _, processor = load_model(str(tmp_path / "model"))
+    assert processor.tokenizer.pad_token == processor.tokenizer.eos_token
+    assert not inputs_of(processor, examples[:4])["attention_mask"].all()
 
 
 def test_noise_belongs_to_the_prompt():

@@ -42,7 +42,7 @@ AVQA_UNUSABLE = [  # what is wrong with a row, and the reason given
     ({"answer": "cat"}, "answer must be an index from 0 to 1, not 'cat'"),
     ({"answer": None}, "has no answer"),
     ({"video_name": "gone_000030"}, "{clips}/gone_30.wav: no such audio file"),
-    ({"video_name": "text_000030"}, "{clips}/text_30.wav: LibsndfileError"),
+    ({"video_name": "text_000030"}, "{clips}/text_30.wav: cannot be read as audio"),
 ]
 
 
@@ -137,7 +137,7 @@ def test_check_names_everything_that_is_wrong(tmp_path, capsys):
 
     expected = [
         "unusable: PATH:5: answer 'bird' is not among the options ['dog', 'cat']",
-        "unusable: PATH:6: FOLDER/text.wav: LibsndfileError: .*",
+        "unusable: PATH:6: FOLDER/text.wav: cannot be read as audio .*",
         "unusable: PATH:7: FOLDER/gone.wav: no such audio file",
         "unusable: PATH:8: no list of at least two options (key 'choices')",
         "warning: PATH:2: has the same id as PATH:1: 1",
@@ -147,6 +147,7 @@ def test_check_names_everything_that_is_wrong(tmp_path, capsys):
         "clips: 4, 0.01 h in all; 1.0 to 31.0 s, median 1.5 s; 1 longer than 30 s",
         "sampling rates in Hz: 8000: 1, 16000: 2, 48000: 1",
         "channels: 1: 2, 2: 1, 6: 1",
+        "only the headers of the clips were read: --decode reads all of their samples",
         "options per question: 2: 6, 3: 1",
         "task: None: 4, music: 2, sound: 1",
         "1 rows have no answer: they can be predicted, but not trained on",
@@ -168,6 +169,21 @@ def test_check_reads_all_samples_only_with_decode(tmp_path, capsys):
     with pytest.raises(SystemExit):
         prepare_data.check(path, decode=True)
     assert "a.wav: has samples that are nan or inf" in capsys.readouterr().out
+
+
+def test_check_finds_silence_and_options_that_the_rule_cannot_tell_apart(tmp_path, capsys):
+    right_only = np.stack([np.zeros(16_000), np.full(16_000, 0.5)], 1)
+    soundfile.write(tmp_path / "a.wav", np.zeros(16_000), 16_000)
+    soundfile.write(tmp_path / "right.wav", right_only, 16_000)
+    choices = ["C# minor", "C minor", "5 dB", "-5 dB", "cat"]
+    path = write(tmp_path / "rows.jsonl", [OWN, OWN | {"audio": "right.wav", "choices": choices}])
+    prepare_data.check(path, decode=True)
+    out = capsys.readouterr().out
+    assert f"warning: {path}:1: the clip is silent: {tmp_path}/a.wav" in out
+    assert f"{path}:2: channel 0, which is used, is silent, but channel 1 is not" in out
+    assert "2 clips are silent, or silent in channel 0, which is used" in out
+    assert f"{path}:2: MMAU's rule cannot tell 'C# minor' from 'C minor'" in out
+    assert f"{path}:2: MMAU's rule cannot tell '5 dB' from '-5 dB'" in out and out.count("cannot tell") == 2
 
 
 # ---------------------------------------------------------------- filter

@@ -123,6 +123,7 @@ ROWS = {
     "numbers": ({"choices": [2, 3], "answer": 2, "model_output": 2}, True),
     "no answer": ({"choices": ["dog", "cat"], "model_output": "dog"}, None),
     "empty answer": (ROW | {"answer": "", "model_output": "dog"}, None),
+    "answer is nan": (ROW | {"answer": float("nan"), "model_output": "dog"}, None),
     "the answer is not an option": (ROW | {"answer": "a hound", "model_output": "a hound"}, True),
     "AVQA": (AVQA | {"model_output": "cat"}, True),
     "AVQA with other options": (AVQA | {"choices": ["a", "b"], "model_output": "cat"}, True),

@@ -190,22 +190,6 @@ def test_the_same_seed_makes_the_same_adapters(folder, tmp_path):
     )
 
 
-def test_a_merged_model_keeps_the_type_of_its_base(folder, lora, tmp_path):
-    base, processor = load_model(str(folder / "model"), torch.bfloat16)
-    base.save_pretrained(tmp_path / "base")
-    processor.save_pretrained(tmp_path / "base")
-    shutil.copytree(lora, tmp_path / "run")
-    settings = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
-    (tmp_path / "run" / "adapter_config.json").write_text(
-        json.dumps(settings | {"base_model_name_or_path": str(tmp_path / "base")})
-    )
-    merge(str(tmp_path / "run"), str(tmp_path / "merged"))
-    assert {weight.dtype for weight in load_file(tmp_path / "merged" / "model.safetensors").values()} == {
-        torch.bfloat16
-    }
-    assert json.loads((tmp_path / "merged" / "run.json").read_text())["prompt"] == "answer"
-
-
 BAD = {
     "merge without LoRA": (dict(merge=True), "--merge needs LoRA adapters"),
     "negative rank": (dict(lora_rank=-1), "--lora_rank must be at least 0"),
@@ -233,7 +217,7 @@ def test_bad_lora_flags_are_refused(folder, tmp_path, flags, says):
 
 
 def test_merging_is_a_command(lora, tmp_path):
-    command = [sys.executable, ROOT / "checkpoints.py", lora, "--output", tmp_path / "merged"]
+    command = [sys.executable, ROOT / "checkpoints.py", lora, "--output", f"{tmp_path}/merged/"]
     subprocess.run(command, check=True)
     one, two = (
         load_file(lora / "merged" / "model.safetensors"),
@@ -242,6 +226,30 @@ def test_merging_is_a_command(lora, tmp_path):
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 1 and again.stderr.startswith(f"error: {tmp_path}/merged: already exists")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_adapters_know_the_weights_of_their_base(folder, tmp_path, dtype):
+    """Trained, evaluated and merged in the dtype that the base was saved in."""
+    base, processor = load_model(str(folder / "model"), dtype)
+    for path in (base_path := tmp_path / "base", tmp_path / "other"):
+        base.save_pretrained(path)
+        processor.save_pretrained(path)
+    train(folder, tmp_path / "run", model=str(base_path), lora_rank=2, max_steps=1, merge=True)
+    load_model(str(tmp_path / "run"))
+    merged = load_file(tmp_path / "run" / "merged" / "model.safetensors")
+    assert {weight.dtype for weight in merged.values()} == {dtype}
+    assert json.loads((tmp_path / "run" / "merged" / "run.json").read_text())["prompt"] == "answer"
+    shutil.rmtree(base_path)
+    train(folder, tmp_path / "more", model=str(tmp_path / "other"), max_steps=1)
+    (tmp_path / "more").rename(base_path)  # retrained under the same path
+    with pytest.raises(BadInput, match="run: the base model does not have the weights that these adapters"):
+        load_model(str(tmp_path / "run"))
+    with pytest.raises(BadInput, match="run: the base model does not have the weights that these adapters"):
+        merge(str(tmp_path / "run"), str(tmp_path / "merged"))
+    shutil.rmtree(base_path)
+    with pytest.raises(BadInput, match="run: the base of these adapters: .*base: "):
+        load_model(str(tmp_path / "run"))
 
 
 def test_adapters_that_cannot_be_loaded_are_refused(folder, lora, tmp_path):

@@ -1,20 +1,25 @@
 """What GRPO and SFT share: equal runs by different ways, batches made ahead, messages."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SGD, as_flags, assert_same_run, config, launch, load_examples, metrics, run_script
+from accelerate import Accelerator
+from conftest import ROOT, SGD, as_flags, assert_same_run, config, launch, load_examples, metrics, run_script
 from conftest import training_code, weights
 
 import data
 import training
 from cli import BadInput, run_main
 from data import read_batch
+from model import load_model
 from training import read_batches
 
 # script, flags of both runs, flags of the second
@@ -40,6 +45,11 @@ TWO_PROCESSES = {  # script, flags, FSDP2
     ),
     "SFT, FSDP2": ("train_sft", dict(freeze_audio_encoder=True, gradient_checkpointing=True), True),
 }
+RECOMPUTED = {  # by accelerate's own setting
+    "GRPO, FSDP2, activations recomputed": ("train_grpo", {}, True),
+    "GRPO with LoRA, FSDP2, activations recomputed": ("train_grpo", dict(lora_rank=4), True),
+}
+ALL = TWO_PROCESSES | RECOMPUTED
 
 
 @pytest.mark.parametrize("script, both, second", SAME.values(), ids=SAME)
@@ -62,15 +72,19 @@ def test_the_same_run_with_one_encoding_a_step(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script, flags, fsdp", TWO_PROCESSES.values(), ids=TWO_PROCESSES)
-def test_the_same_run_in_two_processes(folder, tmp_path, reward_odd_lengths, plain_sgd, script, flags, fsdp):
+@pytest.mark.parametrize("name, script, flags, fsdp", [(name, *ALL[name]) for name in ALL], ids=ALL)
+def test_the_same_run_in_two_processes(
+    folder, tmp_path, reward_odd_lengths, plain_sgd, name, script, flags, fsdp
+):
     (tmp_path / "odd.jsonl").write_text("".join(open(folder / "test.jsonl").readlines()[:11]))
     held_out = dict(eval_data=str(tmp_path / "odd.jsonl"), audio_dir=str(folder), eval_every=2)
     flags = flags | held_out | dict(lr=0.1, max_steps=4, save_every=2)
     run_script(script, folder, tmp_path / "one", **flags)
     two = config(script, folder, tmp_path / "two", **flags)
-    launch(training_code(script, SGD), *as_flags(two), fsdp=fsdp)
+    environment = {"FSDP_ACTIVATION_CHECKPOINTING": "true"} if name in RECOMPUTED else {}
+    launch(training_code(script, SGD), *as_flags(two), fsdp=fsdp, **environment)
     assert_same_run(tmp_path / "one", tmp_path / "two")
+    load_model(str(tmp_path / "two"))  # refuses names that are not the model's
     if script == "train_grpo":
         rows, rows_of_two = (open(tmp_path / name / "samples.jsonl").readlines() for name in ("one", "two"))
         assert len(rows) == 8 and rows == rows_of_two
@@ -85,6 +99,62 @@ def test_the_same_seed_gives_the_same_run(folder, tmp_path, reward_odd_lengths, 
     for name in ("a", "b"):
         run_script(script, folder, tmp_path / name)
     assert_same_run(tmp_path / "a", tmp_path / "b", exact=True)
+
+
+UNSUPPORTED = {  # what accelerate was told, by its configuration or by the environment
+    "dynamo": ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "accelerate's dynamo_backend must be no"),
+    "accumulation": (
+        {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
+        "accelerate's gradient_accumulation_steps must be 1: --micro_batch accumulates here",
+    ),
+    "fp16": ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "fp16"),
+}
+
+
+@pytest.mark.parametrize("environment, says", UNSUPPORTED.values(), ids=UNSUPPORTED)
+def test_what_accelerate_is_told_is_supported_or_refused(folder, tmp_path, environment, says):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + training_code("train_grpo")
+    flags = as_flags(config("train_grpo", folder, tmp_path / "run"))
+    command = [sys.executable, "-c", code, *flags]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert says in done.stderr and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "setting, says",
+    [
+        (
+            {"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"},
+            "fsdp_auto_wrap_policy must be TRANSFORMER_BASED_WRAP",
+        ),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params and cpu_ram_efficient_loading must be false"),
+    ],
+    ids=str,
+)
+def test_other_settings_of_fsdp2_are_refused(folder, tmp_path, setting, says):
+    flags = as_flags(config("train_grpo", folder, tmp_path / "run"))
+    with pytest.raises(AssertionError, match=says):
+        launch(training_code("train_grpo"), *flags, fsdp=True, **setting)
+
+
+def test_weights_under_other_names_are_not_saved(folder, tmp_path, monkeypatch):
+    """As a wrapper that accelerate puts around a layer would name them: nobody could load that."""
+    plain = Accelerator.get_state_dict
+
+    def renamed(*args):
+        return {f"_orig_mod.{name}": weight for name, weight in plain(*args).items()}
+
+    monkeypatch.setattr(Accelerator, "get_state_dict", renamed)
+    with pytest.raises(BadInput, match="66 weights are missing from the state, first lm_head.weight"):
+        run_script("train_sft", folder, tmp_path / "run", max_steps=1)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_completions_that_do_not_end_are_reported_once(folder, tmp_path, capsys):
+    run_script("train_grpo", folder, tmp_path / "run")
+    assert capsys.readouterr().out.count("more than half of the completions do not end") == 1
 
 
 # ---------------------------------------------------------------- batches, messages

@@ -17,16 +17,16 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
+from itertools import combinations, islice
 
 import numpy as np
 from tqdm import tqdm
 
 from cli import BadInput, check_at_least, located, printable, run_main, say
-from data import Example, check_answer, check_prompt, load_audio, lock_folder, open_audio, read_rows
-from data import to_example, write_atomically, write_rows
+from data import SAMPLE_RATE, Example, check_answer, check_prompt, is_silent, load_audio, lock_folder
+from data import open_audio, read_rows, to_example, write_atomically, write_rows
 from model import load_processor
-from rewards import judge, prediction_of
+from rewards import judge, prediction_of, words
 
 
 def check_free(path: str) -> None:
@@ -329,9 +329,10 @@ class Finding:
     row: object  # as it was read
     problem: str = ""  # why the row cannot be used
     example: Example | None = None  # None if the question cannot be read
-    seconds: float | None = None  # of the clip; None if it cannot be opened
-    rate: int = 0  # Hz
+    seconds: float | None = None  # of the clip; None if it is not known
+    rate: int = 0  # Hz; 0 if the clip cannot be opened
     channels: int = 0
+    silence: str = ""  # what is silent, if the clip was decoded
 
 
 def examine(path: str, audio_dir: str, decode: bool = False, processor=None) -> Iterator[Finding]:
@@ -355,11 +356,13 @@ def examine(path: str, audio_dir: str, decode: bool = False, processor=None) -> 
                 if processor:
                     check_prompt(processor, example, "think")  # the longest of the prompts
                 with open_audio(example.audio) as file:
-                    finding.seconds = file.frames / file.samplerate
+                    finding.seconds = file.seconds()
                     finding.rate = file.samplerate
                     finding.channels = file.channels
                 if decode:
-                    load_audio(example.audio)
+                    wave = load_audio(example.audio)
+                    finding.seconds = len(wave) / SAMPLE_RATE
+                    finding.silence = describe_silence(example.audio, wave, finding.channels)
         except BadInput as error:
             finding.problem = str(error)
         return finding
@@ -367,6 +370,16 @@ def examine(path: str, audio_dir: str, decode: bool = False, processor=None) -> 
     rows, _ = read_rows(path)
     with ThreadPoolExecutor() as pool:  # most of the time is spent waiting for the disk
         yield from tqdm(pool.map(examine_row, rows), total=len(rows), desc="checking", disable=None)
+
+
+def describe_silence(path: str, wave: np.ndarray, channels: int) -> str:
+    """Say what is silent in a clip whose first channel is `wave`; "" if that has sound."""
+    if not is_silent(wave):
+        return ""
+    for channel in range(1, channels):
+        if not is_silent(load_audio(path, channel=channel)):
+            return f"channel 0, which is used, is silent, but channel {channel} is not"
+    return "the clip is silent"
 
 
 def avqa(questions: str, audio_dir: str, output: str) -> None:
@@ -416,24 +429,34 @@ def check(file: str, model: str = "", audio_dir: str = "", decode: bool = False)
     findings = list(examine(file, audio_dir, decode, processor))
     problems = [finding.problem for finding in findings if finding.problem]
     examples = [finding.example for finding in findings if finding.example]
-    warnings = find_oddities(examples)
+    warnings = find_oddities(findings)
     for problem in problems:
         say(f"unusable: {problem}")
     for warning in warnings:
         say(f"warning: {warning}")
     say(f"{file}: {len(findings)} rows, {len(problems)} unusable, {len(warnings)} warnings")
-    show_clips([finding for finding in findings if finding.seconds is not None])
+    show_clips([finding for finding in findings if finding.rate])
+    if not decode:
+        say("only the headers of the clips were read: --decode reads all of their samples")
     show_questions(examples)
     if problems:
         sys.exit(1)
 
 
-def find_oddities(examples: list[Example]) -> list[str]:
+def find_oddities(findings: list[Finding]) -> list[str]:
     """Warnings about rows that can be used, but may be wrong."""
     warnings = []
     first_locations = {}  # by id
-    for example in examples:
+    for finding in findings:
+        example = finding.example
+        if not example:
+            continue
         location = example.location
+        if finding.silence:
+            warnings.append(f"{location}: {finding.silence}: {example.audio}")
+        for one, other in combinations(dict.fromkeys(example.choices), 2):
+            if words(one) == words(other):
+                warnings.append(f"{location}: MMAU's rule cannot tell {one!r} from {other!r}")
         row_id = example.row.get("id")
         if row_id is not None:
             first = first_locations.setdefault(str(row_id), location)
@@ -457,11 +480,15 @@ def show_clips(findings: list[Finding]) -> None:
     """Print the lengths, sampling rates and channels of the clips that can be opened."""
     if not findings:
         return
-    seconds = np.array([finding.seconds for finding in findings])
-    hours = seconds.sum() / 3600
-    long = (seconds > 30).sum()
-    lengths = f"{seconds.min():.1f} to {seconds.max():.1f} s, median {np.median(seconds):.1f} s"
-    say(f"clips: {len(findings)}, {hours:.2f} h in all; {lengths}; {long} longer than 30 s")
+    seconds = np.array([finding.seconds for finding in findings if finding.seconds is not None])
+    if len(seconds):
+        hours = seconds.sum() / 3600
+        long = (seconds > 30).sum()
+        lengths = f"{seconds.min():.1f} to {seconds.max():.1f} s, median {np.median(seconds):.1f} s"
+        say(f"clips: {len(findings)}, {hours:.2f} h in all; {lengths}; {long} longer than 30 s")
+    silent = sum(bool(finding.silence) for finding in findings)
+    if silent:
+        say(f"{silent} clips are silent, or silent in channel 0, which is used")
     say(f"sampling rates in Hz: {count_values([finding.rate for finding in findings])}")
     say(f"channels: {count_values([finding.channels for finding in findings])}")
 

@@ -153,7 +153,7 @@ class Clips:
         """A player for the clip, or the reason why it cannot be played."""
         try:
             with open_audio(path) as file:
-                seconds = file.frames / file.samplerate
+                seconds = file.seconds()
                 kind = file.format
         except BadInput as error:
             return f"<p>{escape(error)}</p>"
@@ -168,7 +168,7 @@ class Clips:
         else:
             source = quote(os.path.relpath(path, self.folder))
             preload = "none"
-        label = f"clip of {seconds:.1f} s"
+        label = f"clip of {seconds:.1f} s" if seconds else "clip"
         return f'<audio controls preload="{preload}" src="{source}" aria-label="{label}"></audio>{label}\n'
 
 
