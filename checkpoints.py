@@ -8,10 +8,12 @@ state is saved. The `run` of these functions is the Run of training.py.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import asdict
@@ -109,6 +111,11 @@ def save_model(run, folder: str) -> None:
             config.dtype = dtype  # as the weights are stored, not as they were trained
         model.config.save_pretrained(folder)
     run.processor.save_pretrained(folder)
+    write_settings(run, folder)
+
+
+def write_settings(run, folder: str) -> None:
+    """Write run.json, from which evaluation takes the prompt, and the report the settings."""
     settings = asdict(run.config) | {"base_hash": run.base_hash}
     write_atomically(os.path.join(folder, "run.json"), json.dumps(settings, indent=2))
 
@@ -172,6 +179,67 @@ def flush(folder: str) -> None:
                 os.fsync(file.fileno())
 
 
+# ---------------------------------------------------------------- which code made this run
+
+MAX_PATCH_BYTES = 1_000_000
+
+
+def record_code(run) -> None:
+    """Write run.json, and to code.json which code makes the run from its first step on.
+
+    code.json is a list: a run that is resumed with other code gets another entry. The patch is the difference
+    to the commit, with new scripts. Nothing is recorded of the code outside a git checkout.
+    """
+    output = run.config.output
+    write_settings(run, output)
+    commit, patch = git_state()
+    packages = ("torch", "transformers", "accelerate", "peft")
+    code = {
+        "step": run.first_step,
+        "commit": commit,
+        "patch": f"code-{run.first_step}.patch" if patch else "",
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+    path = os.path.join(output, "code.json")
+    entries = []
+    if run.first_step > 0 and os.path.exists(path):
+        with located(path), open(path) as file:
+            entries = json.load(file)
+    if entries:
+        before = entries[-1]
+        old_patch = ""
+        if before["patch"]:
+            old_patch = Path(output, before["patch"]).read_text(encoding="utf-8", errors="replace")
+        same = all(before[key] == code[key] for key in ("commit", "versions")) and old_patch == patch
+        if same:
+            return
+        run.accelerator.print("--resume: the code or a package has changed since; see code.json")
+    if patch:
+        write_atomically(os.path.join(output, code["patch"]), patch)
+    write_atomically(path, json.dumps([*entries, code], indent=2))
+
+
+def git_state() -> tuple[str, str]:
+    """The commit of this checkout, and the difference to it, with new scripts; "" where there is no git."""
+
+    def git(*words: str) -> str:
+        folder = os.path.dirname(os.path.abspath(__file__))
+        done = subprocess.run(["git", *words], cwd=folder, capture_output=True, check=True)
+        return done.stdout.decode("utf-8", "replace")
+
+    try:
+        commit = git("rev-parse", "HEAD").strip()
+        patch = git("diff", "HEAD")
+        for script in git("ls-files", "--others", "--exclude-standard", "*.py").splitlines():
+            text = Path(os.path.dirname(os.path.abspath(__file__)), script).read_text(errors="replace")
+            lines = text.splitlines()
+            patch += f"--- /dev/null\n+++ b/{script}\n@@ -0,0 +1,{len(lines)} @@\n"
+            patch += "".join(f"+{line}\n" for line in lines)
+    except (OSError, subprocess.CalledProcessError):
+        return "", ""
+    return commit, patch.encode()[:MAX_PATCH_BYTES].decode("utf-8", "ignore")
+
+
 # ---------------------------------------------------------------- resuming
 
 
@@ -207,9 +275,10 @@ def resume(run) -> int:
 
 def check_barely_begun(output: str) -> None:
     """Raise BadInput unless the folder holds nothing but what a run leaves before its first checkpoint."""
-    expected = {LOCK, "metrics.jsonl", "samples.jsonl", "r1-aqa", "wandb"}  # the last two are of trackers
+    expected = {LOCK, "run.json", "code.json", "metrics.jsonl", "samples.jsonl"}
+    expected |= {"r1-aqa", "wandb"}  # of trackers
     found = [name for name in sorted(os.listdir(output)) if name not in expected]
-    found = [name for name in found if not name.endswith(".partial")]
+    found = [name for name in found if not name.endswith((".partial", ".patch"))]
     if found:
         raise BadInput(
             f"--resume: {output} has no complete checkpoint, but {found[0]}; name another --output"

@@ -8,6 +8,7 @@ import sys
 from contextlib import contextmanager
 
 import torch
+from tqdm import tqdm
 from transformers import HfArgumentParser
 
 
@@ -54,6 +55,11 @@ def printable(text: str) -> str:
     """Escape control characters: text from a dataset or a model must not steer the terminal."""
     controls = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
     return re.sub(controls, lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def progress_bar(iterable=None, **options) -> tqdm:
+    """tqdm, which in a log file writes a line a minute."""
+    return tqdm(iterable, mininterval=0.1 if sys.stderr.isatty() else 60, **options)
 
 
 def say(text: str = "") -> None:

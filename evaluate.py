@@ -23,10 +23,9 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
-from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
-from cli import BadInput, check_at_least, located, parse, run_main, say
+from cli import BadInput, check_at_least, located, parse, progress_bar, run_main, say
 from data import PROMPTS, SAMPLE_RATE, Example, check_audio, decode, is_cut, load_audio, load_examples
 from data import locations, lock_folder, make_inputs, prefetch, read_clip, read_rows, to_example, window_size
 from data import write_atomically
@@ -123,7 +122,7 @@ def predict(config: Config, accelerator, model, processor, examples: list[Exampl
         return read_questions(thread_processor, examples[start : start + size], prompt, config.silence)
 
     found = []
-    progress = tqdm(starts, desc="answering", disable=not accelerator.is_main_process)
+    progress = progress_bar(starts, desc="answering", disable=not accelerator.is_main_process)
     for start, questions in zip(progress, prefetch(read, starts)):
         torch.manual_seed(config.seed + start)  # for --decoding model
         with located(f"batch of {locations(examples[start : start + size])}", BadInput):
@@ -190,7 +189,10 @@ def ask(config: Config) -> None:
     (prediction,) = answer(model, processor, questions, config.max_new_tokens, config.decoding)
     if prediction.error:
         raise BadInput(prediction.error)
+    text = extract_answer(prediction.completion, prompt)
+    is_option = text in [choice.strip() for choice in example.choices]
     say(prediction.completion)
+    say(f"answer: {text} ({'one' if is_option else 'not one'} of the options)")
     if prediction.cut:
         say(f"(only the first {window_size(processor) / SAMPLE_RATE:.0f} s were used)")
 
@@ -416,14 +418,17 @@ def compare(paths: list[str]) -> None:
     if len(paths) != 2:
         raise BadInput(f"--compare takes two files of predictions, not {len(paths)}")
     first, second = map(read_marks, paths)
-    if first.keys() != second.keys():
-        only_first = len(first.keys() - second.keys())
-        only_second = len(second.keys() - first.keys())
-        where = f"{only_first} are only in the first, {only_second} in the second"
-        raise BadInput(f"{paths[0]} and {paths[1]} contain different questions: {where}")
+    shared = [question for question in first if question in second]
+    if not shared:
+        raise BadInput(f"{paths[0]} and {paths[1]} have no question in common")
+    only_first, only_second = len(first) - len(shared), len(second) - len(shared)
+    if only_first or only_second:
+        where = f"{only_first} are only in the first file, {only_second} only in the second"
+        say(f"{len(shared)} questions are in both files and are compared; {where}")
     rows = []
     pairs = []
-    for question, (row, mark) in first.items():
+    for question in shared:
+        row, mark = first[question]
         rows.append(row)
         pairs.append(None if mark is None else (mark, second[question][1]))
     if not any(pairs):

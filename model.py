@@ -10,7 +10,7 @@ import inspect
 import io
 import json
 import os
-import re
+import warnings
 from contextlib import contextmanager
 from functools import partial
 
@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoProcessor, DynamicCache, PreTrainedConfig
 
 from cli import BadInput, located
@@ -201,8 +202,12 @@ class Policy(nn.Module):
         self._no_split_modules = sorted({type(layer).__name__ for layers in lists for layer in layers})
 
     def forward(self, inputs, ids, mask):
-        """Log-probs (B, G, T) of completions; see shared_prompt_logps."""
-        return shared_prompt_logps(self.model, inputs, ids, mask, self.temperature)
+        """Log-probs and entropies (B, G, T) of completions (B, G, T); 0 where mask is False."""
+        logits = completion_logits(self.model, inputs, ids, mask, self.temperature)  # (n, V)
+        logps = token_logps(logits, ids[mask])
+        # checkpoint keeps nothing for the backward pass, so the gradient costs only those who use it
+        entropy = checkpoint(token_entropy, logits, use_reentrant=False)
+        return unflatten(logps, mask), unflatten(entropy, mask)
 
     def initialize(self) -> None:
         """An empty forward pass; see setup() in training.py."""
@@ -236,11 +241,14 @@ def load_policy(config, accelerator: Accelerator):
     if config.lora_rank:
         freeze(model, accelerator)
     else:
-        freeze_unused(model, config.freeze_audio_encoder)
+        freeze_other_parts(model, config.train or list(PARTS))
     disable_dropout(model)
     adapters = add_lora(model, config) if config.lora_rank else None
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        if hasattr(model, "activation_checkpointing_enable"):
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        else:  # its name before transformers 5.23
+            model.gradient_checkpointing_enable({"use_reentrant": False})
     return model, processor, adapters, base_hash
 
 
@@ -266,14 +274,25 @@ def freeze(model, accelerator: Accelerator) -> None:
     model.eval().requires_grad_(False)
 
 
-def freeze_unused(model, freeze_audio_encoder: bool) -> None:
-    """Freeze the encoder, if asked to, and what never gets a gradient here: sinusoids and the vision part."""
-    if freeze_audio_encoder:
-        model.model.audio_tower.requires_grad_(False)
-    for name, module in model.model.named_modules():
-        is_sinusoids = name.startswith("audio_tower.") and isinstance(module, nn.Embedding)
-        if is_sinusoids or name == "visual":
+PARTS = {"encoder": "audio_tower.", "projector": "multi_modal_projector.", "language": "language_model."}
+
+
+def is_in(name: str, parts: list[str]) -> bool:
+    """Whether a module or weight belongs to one of these parts of the model (see PARTS)."""
+    if name.startswith("lm_head"):
+        return "language" in parts
+    return any(name.startswith(f"model.{PARTS[part]}") for part in parts)
+
+
+def freeze_other_parts(model, parts: list[str]) -> None:
+    """Freeze everything that is not in these parts, and the encoder's sinusoids, which are never trained."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(is_in(name, parts))
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and is_in(name, ["encoder"]):
             module.requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise BadInput(f"--train {' '.join(parts)}: this model has no such part")
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -288,20 +307,15 @@ def add_lora(model, config):
     """Put fp32 adapters into a frozen model; returns peft's view, which saves them and turns them off."""
     from peft import LoraConfig, get_peft_model
 
-    patterns = {
-        "language": r"model\.language_model\..*_proj",
-        "all": r"model\.(language_model|audio_tower)\..*(_proj|fc1|fc2)",
-    }
-    pattern = patterns.get(config.lora_target, config.lora_target)
+    parts = config.train or ["language"]
     torch.manual_seed(config.seed)  # half of each adapter starts random
-    with located(f"--lora_target {config.lora_target}"):
-        # list the layers by name: for MoE models peft would expand a regex to the stacked experts
+    with located(f"--train {' '.join(parts)}"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
+        # list the layers by name: for MoE models peft would expand a pattern to the stacked experts
         layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        targets = [name for name in layers if re.fullmatch(pattern, name)]
+        targets = [name for name in layers if is_in(name, parts) and name != "lm_head"]
         if not targets:
-            raise BadInput("matches no linear layer")
-        if "lm_head" in targets:
-            raise BadInput("matches lm_head, whose adapters peft saves in a way that cannot be loaded")
+            raise BadInput("there is no linear layer for adapters")
         lora = LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_alpha,
@@ -525,15 +539,15 @@ def repeated_logps(model, inputs: dict, ids: torch.Tensor, mask: torch.Tensor, t
     return logps.gather(2, ids.flatten(0, 1)[..., None]).view(B, G, T) * mask
 
 
-def shared_prompt_logps(model, inputs: dict, ids: torch.Tensor, mask: torch.Tensor, temperature: float):
-    """Log-probs (B, G, T), fp32, of completions under softmax(logits / temperature); 0 where mask is False.
+def completion_logits(model, inputs: dict, ids: torch.Tensor, mask: torch.Tensor, temperature: float):
+    """Logits / temperature (n, V), fp32, that predict the n tokens of B x G completions where mask is True.
 
     One row per prompt, [prompt, o_1, ..., o_G], with no padding between. A completion sees the prompt and
     itself, and its positions continue the prompt's, so each token sees what it would see in a row of its own:
 
         prompt p1 p2, o_1 = a1 a2, o_2 = b1      position 0 1 2 3 2      b1 sees p1 p2 b1
     """
-    B, G, T = ids.shape
+    T = ids.shape[2]
     prompt_mask = inputs["attention_mask"].bool()  # (B, P)
     P = prompt_mask.shape[1]
 
@@ -567,6 +581,25 @@ def shared_prompt_logps(model, inputs: dict, ids: torch.Tensor, mask: torch.Tens
     previous = torch.arange(P, P + packed.shape[1], device=ids.device) - 1
     predictor = torch.where(t == 0, P - 1, previous)  # (B, N)
     hidden = hidden.gather(1, predictor[..., None].expand(-1, -1, hidden.shape[-1]))
-    logits = model.lm_head(hidden[is_real]).float() / temperature  # (real tokens, V)
-    logps = logits.gather(1, tokens[is_real][:, None])[:, 0] - logits.logsumexp(-1)
-    return logps.new_zeros(B, G * T).masked_scatter(flat_mask, logps).view(B, G, T)
+    return model.lm_head(hidden[is_real]).float() / temperature  # (n, V)
+
+
+def token_logps(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Log-probs (n,) of tokens (n,) under softmax of logits (n, V)."""
+    return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+def token_entropy(logits: torch.Tensor) -> torch.Tensor:
+    """Entropy (n,), in nats, of softmax of logits (n, V)."""
+    return logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
+
+
+def unflatten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Values (n,) of the tokens where mask (B, G, T) is True, as (B, G, T); 0 elsewhere."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
+def shared_prompt_logps(model, inputs: dict, ids: torch.Tensor, mask: torch.Tensor, temperature: float):
+    """Log-probs (B, G, T), fp32, of completions under softmax(logits / temperature); 0 after their end."""
+    logits = completion_logits(model, inputs, ids, mask, temperature)
+    return unflatten(token_logps(logits, ids[mask]), mask)

@@ -291,6 +291,7 @@ def warm_up(start: str, flags: str, name: str) -> None:
     files = f"--model {FOLDER}/{start} --data {FOLDER}/train.jsonl --output {partial}"
     run_script("train_sft.py", f"{files} {flags}")
     os.rename(partial, f"{FOLDER}/{name}")
+    print(f"{partial} is now {FOLDER}/{name}", flush=True)
 
 
 def make() -> None:
@@ -310,7 +311,7 @@ def make() -> None:
 
 
 def toy_flags(method: str, config: TrainConfig) -> list[str]:
-    """The toy's flags for train_<method>.py. The user's own flags, parsed into `config`, go after them.
+    """The flags of train_<method>.py for the toy: its own, and on top the user's, parsed into `config`.
 
     Makes the toy if it is missing, and removes the previous run unless it is to be resumed.
     """
@@ -328,9 +329,23 @@ def toy_flags(method: str, config: TrainConfig) -> list[str]:
         make_missing(model)
         if not config.resume and not is_given("--output"):
             remove_run(f"{FOLDER}/{method}")
-        print(f"train_{method}.py {flags} {' '.join(sys.argv[1:])}", flush=True)
+    words = merge_flags([*flags.split(), *sys.argv[1:]])
+    if accelerator.is_main_process:
+        print(f"train_{method}.py {' '.join(words)}", flush=True)
     accelerator.wait_for_everyone()
-    return flags.split()
+    return words
+
+
+def merge_flags(words: list[str]) -> list[str]:
+    """The same flags, each named once: the last one counts."""
+    flags = {}
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            flags[name] = [value] if equals else []
+        elif flags:
+            flags[name].append(word)
+    return [word for name, values in flags.items() for word in (name, *values)]
 
 
 def start_model(method: str, prompt: str) -> str:

@@ -15,32 +15,22 @@ One step takes `prompts_per_step` questions q, each with its audio, shared among
 `train` is the whole method, top to bottom; `compute_rewards` is what most people change.
 """
 
-import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
 from checkpoints import save_checkpoint, save_final
-from cli import BadInput, check_at_least, is_given, located, parse, run_main
+from cli import BadInput, check_at_least, is_given, located, parse, progress_bar, run_main
 from data import Batch, Example, decode, locations, read_batch, select_rows
 from evaluate import held_out_accuracy
 from model import encode_audio, encoder_is_frozen, sample, sampling_noise, unsharded
 from rewards import accuracy_reward, format_reward
-from training import (
-    Run,
-    TrainConfig,
-    announce,
-    append_rows,
-    check_update,
-    end_run,
-    log_metrics,
-    mean_over_processes,
-)
-from training import now, read_batches, reference_policy, setup, stop_together
+from training import Run, TrainConfig, announce, append_rows, check_update, end_run, learning_rate
+from training import log_metrics, mean_over_processes, now, read_batches, reference_policy, setup
+from training import stop_together, token_means
 
 
 @dataclass
@@ -86,7 +76,7 @@ def completion_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def grpo_loss(logps, old_logps, ref_logps, advantages, mask, epsilon: float, beta: float):
-    """The loss, the KL and the fraction of clipped tokens: three scalars (arXiv 2402.03300, eq. 3 and 4).
+    """The loss, a scalar, and values (B, G, T) for metrics (arXiv 2402.03300, eq. 3 and 4).
 
     logps, old_logps, ref_logps, mask: (B, G, T); advantages: (B, G). ref_logps may be None if beta is 0.
     """
@@ -99,8 +89,12 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, mask, epsilon: float, bet
     kl = torch.exp(log_ref_ratio) - log_ref_ratio - 1  # the k3 estimator of KL(pi || pi_ref): never negative
 
     loss = -completion_mean(torch.min(unclipped, clipped) - beta * kl, mask)
-    clip_fraction = completion_mean((clipped < unclipped).float(), mask)
-    return loss, completion_mean(kl.detach(), mask), clip_fraction
+    is_clipped = clipped < unclipped
+    return loss, {
+        "kl": kl.detach(),
+        "clip_fraction_low": (is_clipped & (A < 0)).float(),  # the ratio fell below 1 - epsilon
+        "clip_fraction_high": (is_clipped & (A > 0)).float(),  # the ratio rose above 1 + epsilon
+    }
 
 
 # ---------------------------------------------------------------- training
@@ -119,7 +113,9 @@ def train(config: Config) -> None:
     with stop_together(run, run.first_step):
         fixed_prompts = read_fixed_prompts(run)
     warned = False  # of truncated completions
-    progress = tqdm(initial=run.first_step, total=config.max_steps, disable=not accelerator.is_main_process)
+    progress = progress_bar(
+        initial=run.first_step, total=config.max_steps, disable=not accelerator.is_main_process
+    )
 
     for step in range(run.first_step, config.max_steps + 1):
         is_last = step == config.max_steps  # the final pass only saves, evaluates and samples
@@ -167,17 +163,19 @@ def train(config: Config) -> None:
             with reference_policy(run) as reference:
                 ref_logps = []
                 for rows in run.micro_batches:  # slices of the B prompts
-                    ref_logps.append(reference(select_rows(batch.inputs, rows), ids[rows], mask[rows]))
+                    logps, _ = reference(select_rows(batch.inputs, rows), ids[rows], mask[rows])
+                    ref_logps.append(logps)
                 ref_logps = torch.cat(ref_logps)  # (B, G, T)
         scored = now()
 
         # 4. update the policy, --num_iterations times
         for param_group in run.optimizer.param_groups:
-            param_group["lr"] = config.lr * (1 - step / config.max_steps)
+            param_group["lr"] = learning_rate(run, step)
         torch.manual_seed(config.seed + batch.first)  # so that a resumed run draws the same LoRA dropout
         run.policy.train()
         old_logps = torch.empty(ids.shape, device=device)  # filled by the first iteration
-        stats = []
+        step_loss = 0.0
+        token_sums = {}  # for metrics: sums over the tokens of this process
         for iteration in range(config.num_iterations):
             losses = []
             for rows in run.micro_batches:
@@ -186,12 +184,13 @@ def train(config: Config) -> None:
                 sync_gradients = rows == run.micro_batches[-1] or accelerator.is_fsdp2
                 with nullcontext() if sync_gradients else accelerator.no_sync(run.policy):
                     with accelerator.autocast():
-                        logps = run.policy(select_rows(batch.inputs, rows), ids[rows], mask[rows])
+                        # entropy needs no gradient, but has one: for a bonus, subtract it from the loss
+                        logps, entropy = run.policy(select_rows(batch.inputs, rows), ids[rows], mask[rows])
                     if iteration == 0:
                         # The policy has not changed since sampling, so pi_old is pi (but for LoRA dropout).
                         # The ratio is 1, and its gradient is that of log pi: REINFORCE plus the KL term
                         old_logps[rows] = logps.detach()
-                    loss, kl, clip_fraction = grpo_loss(
+                    loss, token_values = grpo_loss(
                         logps,
                         old_logps[rows],
                         None if ref_logps is None else ref_logps[rows],
@@ -200,10 +199,14 @@ def train(config: Config) -> None:
                         config.epsilon,
                         config.beta,
                     )
-                    # divide to average over micro-batches; DDP or FSDP2 then averages over processes
-                    accelerator.backward(loss / len(run.micro_batches))
+                    # the micro-batch's weight in the step's loss; DDP or FSDP2 then averages over processes
+                    loss = loss / len(run.micro_batches)
+                    accelerator.backward(loss)
                 losses.append(loss.detach())
-                stats.append(torch.stack([loss.detach(), kl, clip_fraction]))
+                token_values["entropy"] = entropy.detach()
+                for name, values in token_values.items():
+                    token_sums[name] = token_sums.get(name, 0.0) + (values * mask[rows]).sum()
+            step_loss += sum(losses) / config.num_iterations
 
             # clips in place, and returns the norm that the gradient had before
             grad_norm = float(accelerator.clip_grad_norm_(run.policy.parameters(), 1.0))
@@ -216,14 +219,13 @@ def train(config: Config) -> None:
             run.optimizer.zero_grad(set_to_none=not isinstance(run.policy, DistributedDataParallel))
         updated = now()
 
-        loss, kl, clip_fraction = torch.stack(stats).mean(0)  # over micro-batches and iterations
         metrics = {
             "reward": total_reward.mean(),
             **{f"reward_{name}": part.mean() for name, part in rewards.items()},
             **completion_metrics(run, texts, ids, mask, total_reward),
-            "loss": loss,
-            "kl": kl,
-            "clip_fraction": clip_fraction,
+            "loss": step_loss,
+            # means over all tokens of the step, whatever mean the loss takes
+            **token_means(run, token_sums, mask.sum() * config.num_iterations),
             "grad_norm": grad_norm,
             "lr": run.optimizer.param_groups[0]["lr"],
             **batch.metrics,  # clips that were cut or skipped
@@ -239,7 +241,7 @@ def train(config: Config) -> None:
         if metrics["truncated"] > 0.5 and not warned:
             announce(run, f"step {step}: more than half of the completions do not end by --max_new_tokens")
             warned = True
-        names = ("reward", "reward_accuracy", "kl")
+        names = ("reward", "reward_accuracy", "kl", "entropy")
         progress.set_postfix({name: f"{metrics[name]:.3g}" for name in names if name in metrics})
         progress.update()
 
@@ -331,7 +333,7 @@ def main() -> None:
     if not is_given("--model", "--data"):
         from toy import toy_flags  # neither flag was given: run the offline toy
 
-        config = parse(Config, __doc__, toy_flags("grpo", config) + sys.argv[1:])
+        config = parse(Config, __doc__, toy_flags("grpo", config))
     train(config)
 
 

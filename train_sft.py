@@ -10,23 +10,21 @@ data order, same flags where they mean the same.
 """
 
 import math
-import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
 from checkpoints import save_checkpoint, save_final
-from cli import BadInput, check_at_least, is_given, parse, run_main
+from cli import BadInput, check_at_least, is_given, parse, progress_bar, run_main
 from data import Example, select_rows
 from evaluate import held_out_accuracy
 from model import end_of_turn
 from rewards import format_reward
-from training import TrainConfig, announce, check_update, end_run, log_metrics, mean_over_processes, now
-from training import read_batches, setup, stop_together
+from training import TrainConfig, announce, check_update, end_run, learning_rate, log_metrics
+from training import mean_over_processes, now, read_batches, setup, stop_together
 
 
 @dataclass
@@ -68,7 +66,9 @@ def train(config: Config) -> None:
     accelerator = run.accelerator
     device = accelerator.device
     batches = read_batches(run)
-    progress = tqdm(initial=run.first_step, total=run.max_steps, disable=not accelerator.is_main_process)
+    progress = progress_bar(
+        initial=run.first_step, total=run.max_steps, disable=not accelerator.is_main_process
+    )
 
     for step in range(run.first_step, run.max_steps + 1):
         is_last = step == run.max_steps  # the final pass only saves and evaluates
@@ -98,7 +98,7 @@ def train(config: Config) -> None:
         n_tokens = accelerator.reduce(mask.sum(), "sum")  # answer tokens of the step, over all processes
 
         for param_group in run.optimizer.param_groups:
-            param_group["lr"] = config.lr * (1 - step / run.max_steps)
+            param_group["lr"] = learning_rate(run, step)
         torch.manual_seed(config.seed + batch.first)  # so that a resumed run draws the same LoRA dropout
         run.policy.train()
         losses = []
@@ -108,7 +108,7 @@ def train(config: Config) -> None:
             sync_gradients = rows == run.micro_batches[-1] or accelerator.is_fsdp2
             with nullcontext() if sync_gradients else accelerator.no_sync(run.policy):
                 with accelerator.autocast():
-                    logps = run.policy(select_rows(batch.inputs, rows), ids[rows], mask[rows])
+                    logps, _ = run.policy(select_rows(batch.inputs, rows), ids[rows], mask[rows])
                 # DDP takes the mean of the gradients over processes; the loss is a sum over all of them
                 loss = -logps.sum() / n_tokens * accelerator.num_processes
                 accelerator.backward(loss)
@@ -149,7 +149,7 @@ def main() -> None:
     if not is_given("--model", "--data"):
         from toy import toy_flags  # neither flag is given: the offline toy
 
-        config = parse(Config, __doc__, toy_flags("sft", config) + sys.argv[1:])
+        config = parse(Config, __doc__, toy_flags("sft", config))
     train(config)
 
 

@@ -24,10 +24,10 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
-from checkpoints import is_saved, names_to_save, resume, save_checkpoint
+from checkpoints import is_saved, names_to_save, record_code, resume, save_checkpoint
 from cli import BadInput, check_at_least, located, printable, say
 from data import LOCK, PROMPTS, Batch, Example, check_audio, load_examples, lock_folder, prefetch, read_batch
-from model import DEFAULT_MODEL, Policy, eos_tokens, load_policy, load_reference
+from model import DEFAULT_MODEL, PARTS, Policy, eos_tokens, load_policy, load_reference
 
 # ---------------------------------------------------------------- settings
 
@@ -49,17 +49,20 @@ class TrainConfig:
     prompts_per_step: int = HfArg(default=16, help="prompts per step, over all processes")
     micro_batch: int = HfArg(default=1, help="prompts per forward pass on one process; results do not change")
     lr: float = HfArg(default=1e-6, help="AdamW's learning rate at the start, decaying linearly to 0")
+    warmup_steps: int = HfArg(default=0, help="steps in which the learning rate rises linearly to --lr")
     max_steps: int = HfArg(default=1000, help="steps of prompts_per_step prompts")
     resume: bool = HfArg(default=False, help="continue from the newest checkpoint in --output")
     save_every: int = HfArg(default=100, help="steps between checkpoints")
     keep_states: int = HfArg(default=1, help="number of checkpoints that stay resumable; all keep the model")
     skip_steps: list[int] = HfArg(default_factory=list, help="steps to skip, such as one with a nan loss")
     seed: int = HfArg(default=42, help="seeds data order, sampling, new adapters and their dropout")
-    freeze_audio_encoder: bool = HfArg(default=False, help="train the language model and the projector only")
-    lora_rank: int = HfArg(default=0, help="train adapters of this rank (LoRA); 0: train the weights")
+    train: list[str] = HfArg(
+        default_factory=list,
+        help="parts to train: encoder, projector, language; empty: all, but with LoRA only language",
+    )
+    lora_rank: int = HfArg(default=0, help="train adapters of this rank in all linear layers (LoRA); 0: none")
     lora_alpha: float = HfArg(default=32.0, help="the adapters' output is multiplied by alpha / rank")
     lora_dropout: float = HfArg(default=0.0, help="before the adapters, in updates only")
-    lora_target: str = HfArg(default="language", help="layers: language, all (the encoder's too), or a regex")
     merge: bool = HfArg(default=False, help="LoRA: also write the merged final model, to merged in --output")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, more time")
     log_with: str = HfArg(default="", help="tensorboard or wandb, in addition to metrics.jsonl")
@@ -73,12 +76,14 @@ def check_settings(config: TrainConfig, processes: int) -> None:
         raise BadInput("--data is missing: the file of training questions")
     check_at_least(config, prompts_per_step=1, micro_batch=1, max_new_tokens=1, eval_batch_size=1)
     check_at_least(config, save_every=1, eval_every=1, keep_states=1, lr=0, seed=0, lora_rank=0, lora_alpha=0)
+    check_at_least(config, warmup_steps=0)
     if not 0 <= config.lora_dropout < 1:
         raise BadInput(f"--lora_dropout must be at least 0 and below 1, not {config.lora_dropout}")
     if config.merge and not config.lora_rank:
         raise BadInput("--merge needs LoRA adapters, but --lora_rank is 0")
-    if config.freeze_audio_encoder and config.lora_rank:
-        raise BadInput("--freeze_audio_encoder is for training without LoRA; see --lora_target")
+    unknown = [part for part in config.train if part not in PARTS]
+    if unknown:
+        raise BadInput(f"--train {unknown[0]}: unknown, choose from {', '.join(PARTS)}")
     if config.prompts_per_step % (processes * config.micro_batch):
         share = f"{processes} process(es) x --micro_batch {config.micro_batch}"
         raise BadInput(f"--prompts_per_step {config.prompts_per_step} is not a multiple of {share}")
@@ -172,6 +177,8 @@ def setup(config: TrainConfig, temperature: float = 1.0, with_reference: bool = 
         lock=lock,
     )
     run.first_step = resume(run)
+    if accelerator.is_main_process:
+        record_code(run)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP, and so it stays
             signal.signal(number, lambda number, frame: run.signals.append(number))
@@ -344,6 +351,12 @@ def mean_over_processes(run: Run, metrics: dict) -> dict[str, float]:
     return dict(zip(metrics, run.accelerator.reduce(values, "mean").tolist()))
 
 
+def token_means(run: Run, sums: dict[str, torch.Tensor], count: torch.Tensor) -> dict[str, float]:
+    """Means over all tokens of a step, on all processes, from this process's sums and number of tokens."""
+    totals = run.accelerator.reduce(torch.stack([*sums.values(), count.to(torch.float32)]), "sum")
+    return dict(zip(sums, (totals[:-1] / totals[-1]).tolist()))
+
+
 def log_metrics(run: Run, step: int, metrics: dict[str, float]) -> None:
     """Append a line to metrics.jsonl, and send it to the trackers."""
     metrics = {name: float(f"{value:.6g}") for name, value in metrics.items()}
@@ -358,6 +371,12 @@ def append_rows(run: Run, name: str, rows: list[dict]) -> None:
         with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
             for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def learning_rate(run: Run, step: int) -> float:
+    """Rises linearly over --warmup_steps, and decays linearly to 0 at the end of the run."""
+    warmup = min(1.0, (step + 1) / max(1, run.config.warmup_steps))
+    return run.config.lr * warmup * (1 - step / run.max_steps)
 
 
 def announce(run: Run, text: str) -> None:

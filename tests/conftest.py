@@ -213,11 +213,20 @@ def training_code(script, more=""):
 
 def as_flags(config) -> list[str]:
     """Settings as the flags that give them."""
-    return [f"--{name}={value}" for name, value in vars(config).items() if value not in ("", [])]
+    flags = []
+    for name, value in vars(config).items():
+        if isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)] if value else []
+        elif value != "":
+            flags.append(f"--{name}={value}")
+    return flags
 
 
-def launch(code: str, *flags, precision="no", fsdp=False, root=ROOT, **environment) -> None:
-    """Run `code` in two processes with these flags, with the scripts of `root`; fsdp: as fsdp.yaml says."""
+def launch(code: str, *flags, precision="no", fsdp=False, root=ROOT, options=()) -> None:
+    """Run `code` in two processes with these flags, with the scripts of `root`.
+
+    fsdp: as fsdp.yaml says. options: of `accelerate launch`.
+    """
     code = (
         (FSDP2_ON_CPU if fsdp else "") + "from accelerate import Accelerator\n"
         "assert Accelerator().num_processes == 2\n"  # without --multi_gpu accelerate silently starts one
@@ -230,6 +239,6 @@ def launch(code: str, *flags, precision="no", fsdp=False, root=ROOT, **environme
         script.write(code)
         script.flush()
         command = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", precision]
-        command += [*(sharded if fsdp else TWO.split()), script.name, *map(str, flags)]
-        done = subprocess.run(command, env=os.environ | device | environment, capture_output=True, text=True)
+        command += [*(sharded if fsdp else TWO.split()), *options, script.name, *map(str, flags)]
+        done = subprocess.run(command, env=os.environ | device, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-6000:]

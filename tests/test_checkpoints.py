@@ -58,7 +58,7 @@ def undo(whole, output, step):
         ("train_grpo", dict(num_iterations=2, samples_every=1)),
         ("train_grpo", dict(lora_rank=2, lora_dropout=0.5, samples_every=2)),
         ("train_sft", {}),
-        ("train_sft", dict(freeze_audio_encoder=True, gradient_checkpointing=True)),
+        ("train_sft", dict(train=["projector", "language"], gradient_checkpointing=True)),
     ],
     ids=["GRPO", "GRPO with LoRA and dropout", "SFT", "SFT, frozen encoder"],
 )
@@ -84,7 +84,7 @@ def test_a_checkpoint_is_a_model_and_a_state_without_pickle(folder, tmp_path):
     for step in (2, 4, 6):
         load_model(str(tmp_path / "run" / f"checkpoint-{step}"))
     kinds = {path.suffix for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != ".lock"}
-    assert kinds == {".safetensors", ".json", ".jsonl", ".jinja"}
+    assert kinds - {".patch"} == {".safetensors", ".json", ".jsonl", ".jinja"}
     assert not list(tmp_path.rglob("*.partial"))
 
 
@@ -270,6 +270,71 @@ def test_weights_that_are_nan_are_not_saved(folder, tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="nan or inf"):
         train("train_sft", folder, tmp_path / "run", save_every=2, max_steps=2, eval_data="")
     assert not list_states(str(tmp_path / "run")) and not (tmp_path / "run" / "config.json").exists()
+
+
+# ---------------------------------------------------------------- which code made a run
+
+
+def git(folder, *words):
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    done = subprocess.run(["git", *who, *words], cwd=folder, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def fork(tmp_path):
+    """A copy of the scripts with a git history of its own, a changed script and a new one."""
+    copy = tmp_path / "fork"
+    copy.mkdir()
+    for script in ROOT.glob("*.py"):
+        shutil.copy(script, copy)
+    git(copy, "init", "-q")
+    git(copy, "add", ".")
+    git(copy, "commit", "-q", "-m", "a")
+    return copy
+
+
+def run_fork(fork, folder, output, *more):
+    flags = as_flags(short_config("train_sft", folder, output, max_steps=3, save_every=2))
+    command = [sys.executable, "train_sft.py", *flags, *more]
+    return subprocess.run(command, cwd=fork, check=True, capture_output=True, text=True).stdout
+
+
+def test_a_run_records_the_code_that_made_it(fork, folder, tmp_path):
+    with open(fork / "train_sft.py", "a") as file:
+        file.write("# a change\n")
+    (fork / "judge.py").write_text("print(1)\n")
+    run_fork(fork, folder, tmp_path / "run")
+    (code,) = json.loads((tmp_path / "run" / "code.json").read_text())
+    assert (code["step"], code["commit"], code["patch"]) == (
+        0,
+        git(fork, "rev-parse", "HEAD"),
+        "code-0.patch",
+    )
+    assert code["versions"]["torch"] == torch.__version__ and set(code["versions"]) >= {"peft", "accelerate"}
+    git(fork, "stash", "-q", "--include-untracked")
+    git(fork, "apply", str(tmp_path / "run" / "code-0.patch"))
+    assert (fork / "train_sft.py").read_text().endswith("# a change\n")
+    assert (fork / "judge.py").read_text() == "print(1)\n"
+
+    # resumed with other code, it goes on and says so
+    (tmp_path / "run" / "config.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-3", ignore_errors=True)
+    out = run_fork(fork, folder, tmp_path / "run", "--resume")
+    assert "has changed since" not in out
+    (tmp_path / "run" / "config.json").unlink()
+    (fork / "judge.py").unlink()
+    out = run_fork(fork, folder, tmp_path / "run", "--resume")
+    assert "--resume: the code or a package has changed since" in out
+    first, second = json.loads((tmp_path / "run" / "code.json").read_text())
+    assert first == code and (second["step"], second["patch"]) == (2, "code-2.patch")
+
+
+def test_without_git_nothing_is_recorded_of_the_code(fork, folder, tmp_path):
+    shutil.rmtree(fork / ".git")
+    run_fork(fork, folder, tmp_path / "run")
+    (code,) = json.loads((tmp_path / "run" / "code.json").read_text())
+    assert (code["commit"], code["patch"]) == ("", "") and not list((tmp_path / "run").glob("*.patch"))
 
 
 # ---------------------------------------------------------------- being stopped

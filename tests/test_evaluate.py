@@ -189,7 +189,9 @@ def test_ask_answers_one_question_about_one_clip(folder, run_evaluate, capsys, t
     example = load_examples(str(folder / "test.jsonl"))[0]
     question = ["--question", example.question, "--choices", *example.choices]
     run_evaluate("--model", folder / "model", "--max_new_tokens", 4, "--ask", example.audio, *question)
-    assert capsys.readouterr().out == answer_alone(toy_model, example) + "\n"
+    completion = answer_alone(toy_model, example)
+    text = extract_answer(completion, "answer")
+    assert capsys.readouterr().out == f"{completion}\nanswer: {text} (not one of the options)\n"
 
 
 def test_ask_never_takes_another_clip_of_the_same_name(folder, run_evaluate, monkeypatch):
@@ -504,12 +506,21 @@ def test_predictions_that_cannot_be_scored_are_refused(tmp_path, score, rows, me
 
 
 QUESTIONS = [RIGHT | {"id": i} for i in range(3)]
+
+
+def test_files_of_some_of_the_questions_are_compared_on_what_they_share(tmp_path, run_evaluate, capsys):
+    paths = [
+        write(tmp_path / f"{name}.json", rows) for name, rows in (("a", QUESTIONS), ("b", QUESTIONS[1:]))
+    ]
+    run_evaluate("--compare", *paths)
+    out = capsys.readouterr().out
+    assert "2 questions are in both files and are compared; 1 are only in the first file" in out
+    (overall,) = [line for line in out.splitlines() if line.startswith("overall")]
+    assert overall.split()[1:4] == ["100.0", "100.0", "+0.0"] and overall.split()[-1] == "2"
+
+
 BAD_COMPARISONS = {
-    "other questions": (
-        QUESTIONS,
-        QUESTIONS[:2],
-        "different questions: 1 are only in the first, 0 in the second",
-    ),
+    "other questions": (QUESTIONS[:1], QUESTIONS[1:], "have no question in common"),
     "the same twice": (
         QUESTIONS,
         QUESTIONS + QUESTIONS[:1],

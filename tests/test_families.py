@@ -159,7 +159,7 @@ def test_it_hears(family, examples):
     assert (logps - shared_prompt_logps(model, other, ids, mask, 1.0)).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("flags", [{}, {"freeze_audio_encoder": True}, {"lora_rank": 2}], ids=str)
+@pytest.mark.parametrize("flags", [{}, {"train": ["projector", "language"]}, {"lora_rank": 2}], ids=str)
 def test_trained_weights_get_a_gradient_and_a_frozen_encoder_can_be_cached(family, examples, flags):
     settings = config("train_grpo", family.folder, "unused", **flags)
     model, processor, _, _ = load_policy(settings, Accelerator())
@@ -238,7 +238,9 @@ def test_a_question_with_the_placeholder_in_it_is_refused(family, examples):
         read_clip(processor, example, "answer")
 
 
-@pytest.mark.parametrize("flags", [{}, {"lora_rank": 2, "lora_target": "all"}], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "flags", [{}, {"lora_rank": 2, "train": ["encoder", "language"]}], ids=["full", "lora"]
+)
 def test_its_own_class_loads_the_saved_model(
     family, examples, tmp_path, monkeypatch, reward_odd_lengths, flags
 ):

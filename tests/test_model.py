@@ -176,13 +176,34 @@ def test_the_policy_hears_the_audio(toy_model, examples):
     assert (logps - shared_prompt_logps(model, of_other_audio, ids, mask, 1.0)).abs().max() > 1e-3
 
 
+def test_the_policy_returns_log_probs_and_entropies(toy_model, examples):
+    """Against a plain softmax of the model's own forward, gradients included."""
+    model, processor = toy_model
+    inputs = inputs_of(processor, examples[4:6])
+    ids, mask = random_completions([[3, 7], [5, 2]])
+    logps, entropy = Policy(model, 0.7)(inputs, ids, mask)
+    assert torch.equal(logps, shared_prompt_logps(model, inputs, ids, mask, 0.7))
+    assert not entropy[~mask].any()
+    expected = torch.zeros_like(entropy)
+    for b, g in np.ndindex(2, 2):
+        alone, tokens = prompt_alone(inputs, b), ids[b, g][mask[b, g]]
+        row = torch.cat([alone["input_ids"], tokens[None]], 1)
+        logits = model(**alone | {"input_ids": row, "attention_mask": torch.ones_like(row)}).logits[0]
+        p = torch.softmax(logits[-len(tokens) - 1 : -1] / 0.7, -1)
+        expected[b, g, : len(tokens)] = -(p * p.log()).sum(-1)
+    assert torch.allclose(entropy, expected, atol=1e-5) and entropy[mask].min() > 1
+    gradients = []
+    for total in (entropy.sum(), expected.sum()):
+        gradients.append(torch.autograd.grad(total, model.lm_head.weight)[0])
+    assert torch.allclose(*gradients, atol=1e-4) and gradients[0].abs().max() > 1e-3
+
+
 def test_policy_scores_at_its_temperature(toy_model, examples):
     model, processor = toy_model
     inputs = inputs_of(processor, examples[:1])
     ids, mask = random_completions([[3, 2]])
-    assert torch.equal(
-        Policy(model, 0.5)(inputs, ids, mask), shared_prompt_logps(model, inputs, ids, mask, 0.5)
-    )
+    logps, _ = Policy(model, 0.5)(inputs, ids, mask)
+    assert torch.equal(logps, shared_prompt_logps(model, inputs, ids, mask, 0.5))
 
 
 @pytest.mark.parametrize("frames", [[199], [200], [150, 61], [60, 61, 62, 63], [5, 12]], ids=str)

@@ -6,9 +6,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import ROOT, launch, metrics, training_code
+from conftest import ROOT, launch, metrics, training_code, write
 from transformers import HfArgumentParser
 
 import evaluate
@@ -92,7 +95,7 @@ def run(folder, tmp_path_factory):
     ]
     (folder / "predictions.json").write_text(json.dumps(rows))
 
-    def run_changed(diff: str, *flags: str, two_processes: bool = False) -> list[dict]:
+    def run_changed(diff: str, *flags: str, two_processes=False, reward_odd_lengths=True) -> list[dict]:
         copy = tmp_path_factory.mktemp("fork")
         for script in ROOT.glob("*.py"):
             shutil.copy(script, copy)
@@ -101,16 +104,14 @@ def run(folder, tmp_path_factory):
         settings = f"--model {folder}/model --data {folder}/predictions.json --output {copy}/run"
         settings += " --prompts_per_step 4 --micro_batch 2"
         settings += " --group_size 4 --max_steps 2 --max_new_tokens 30 --lr 1e-3 --num_iterations 2"
+        words = [*settings.split(), *flags]
         if two_processes:
-            launch(training_code("train_grpo"), *settings.split(), *flags, root=copy)
+            launch(training_code("train_grpo"), *words, root=copy)
             return metrics(copy / "run")
-        done = subprocess.run(
-            [sys.executable, "-c", training_code("train_grpo"), *settings.split(), *flags],
-            cwd=copy,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        code = training_code("train_grpo") if reward_odd_lengths else ""
+        code = ["-c", code] if code else ["train_grpo.py"]
+        done = subprocess.run([sys.executable, *code, *words], cwd=copy, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
         return metrics(copy / "run")
 
     return run_changed
@@ -121,12 +122,10 @@ def unchanged(run):
     return run("")
 
 
-def test_there_are_six_short_changes():
-    titles = ["Another reward", "Dr. GRPO", "DAPO", "No KL", "Only the hard questions", "Another prompt"]
-    assert list(CHANGES) == titles
+def test_there_are_ten_short_changes():
+    assert list(CHANGES)[:2] == ["Another reward", "Dr. GRPO"] and len(CHANGES) == 10
     for title, diff in CHANGES.items():
-        changed = re.findall(r"^[+-](?!\+\+|--)", diff, re.MULTILINE)
-        assert len(changed) <= 8, title
+        assert len(re.findall(r"^[+](?![+][+])", diff, re.MULTILINE)) <= 18, title
 
 
 @pytest.mark.parametrize("title", CHANGES)
@@ -134,6 +133,77 @@ def test_changes_apply_as_they_stand(tmp_path, title):
     for script in ROOT.glob("*.py"):
         shutil.copy(script, tmp_path)
     subprocess.run(["git", "apply", "--verbose"], input=CHANGES[title], text=True, cwd=tmp_path, check=True)
+
+
+# what a change computes on random cases, plainly; `case` is a function of train_grpo.py
+PLAIN = {
+    "Dr. GRPO": """
+        assert torch.allclose(group_advantages(r), torch.stack([group - group.mean() for group in r]))
+        tokens = [token_loss(i, t) for i in range(G) for t in range(lengths[i])]
+        expected = sum(tokens) / 256 / G
+    """,
+    "DAPO": """
+        high = 1.28
+        tokens = [token_loss(i, t, high) for i in range(G) for t in range(lengths[i])]
+        expected = sum(tokens) / len(tokens)
+    """,
+    "GSPO": """
+        expected = 0
+        for i in range(G):
+            n = lengths[i]
+            ratio = ((logps[0, i, :n] - old[0, i, :n]).sum() / n).exp()
+            best = min(ratio * A[i], ratio.clamp(0.8, 1.2) * A[i])
+            expected -= (best - 0.04 * sum(kl(i, t) for t in range(n)) / n) / G
+    """,
+    "RLOO": """
+        for group, advantages in zip(r, group_advantages(r)):
+            for i in range(G):
+                others = [group[k] for k in range(G) if k != i]
+                assert torch.isclose(advantages[i], group[i] - sum(others) / len(others), atol=1e-6)
+        expected = sum(token_loss(i, t) / lengths[i] for i in range(G) for t in range(lengths[i])) / G
+    """,
+}
+CASE = """
+import torch
+from train_grpo import group_advantages, grpo_loss
+
+for seed in range(50):
+    torch.manual_seed(seed)
+    G, T = 4, 6
+    lengths = torch.randint(1, T + 1, (G,)).tolist()
+    lengths[0] = T
+    mask = (torch.arange(T) < torch.tensor(lengths)[:, None])[None]
+    logps, old, ref = (torch.randn(1, G, T) * 0.3 - 2 for _ in range(3))
+    logps.requires_grad_()
+    A, r = torch.randn(G), torch.rand(3, G)
+
+    def kl(i, t):
+        d = ref[0, i, t] - logps[0, i, t]
+        return d.exp() - d - 1
+
+    def token_loss(i, t, high=1.2):
+        ratio = (logps[0, i, t] - old[0, i, t]).exp()
+        return -(min(ratio * A[i], ratio.clamp(0.8, high) * A[i]) - 0.04 * kl(i, t))
+BODY
+    loss, values = grpo_loss(logps, old, ref, A[None], mask, epsilon=0.2, beta=0.04)
+    assert torch.isclose(loss, expected, atol=1e-6), (seed, loss, expected)
+    grads = [torch.autograd.grad(x, logps, retain_graph=True)[0] for x in (loss, expected)]
+    assert torch.allclose(*grads, atol=1e-6), seed
+    mean_kl = sum(kl(i, t) for i in range(G) for t in range(lengths[i])) / sum(lengths)
+    assert torch.isclose(values["kl"][mask].mean(), mean_kl, atol=1e-6)
+"""
+
+
+@pytest.mark.parametrize("title", PLAIN)
+def test_a_change_computes_what_its_paper_says(tmp_path, title):
+    """Loss, gradient and the KL metric against a plain computation, token by token."""
+    for script in ROOT.glob("*.py"):
+        shutil.copy(script, tmp_path)
+    subprocess.run(["git", "apply"], input=CHANGES[title], text=True, cwd=tmp_path, check=True)
+    body = textwrap.indent(textwrap.dedent(PLAIN[title]), "    ")
+    code = [sys.executable, "-c", CASE.replace("BODY", body)]
+    done = subprocess.run(code, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.slow
@@ -145,32 +215,88 @@ def test_another_reward(run, unchanged):
     assert "reward_length" not in unchanged[0]
 
 
-@pytest.mark.slow
-def test_dr_grpo(run, unchanged):
-    """Deviations are below 1, and the constant far exceeds the length: a smaller gradient, same samples."""
-    (first, *_), (plain, *_) = run(CHANGES["Dr. GRPO"]), unchanged
-    assert first["reward"] == plain["reward"] and 0 < first["grad_norm"] < 0.3 * plain["grad_norm"]
+SPLITS = {"micro-batches of 1": ("1", False), "of 4": ("4", False), "two processes": ("2", True)}
 
 
 @pytest.mark.slow
-def test_dapo(run, unchanged):
-    (first, *_), (plain, *_) = run(CHANGES["DAPO"], "--micro_batch", "1"), unchanged
-    assert first["reward"] == plain["reward"] and first["clip_fraction"] < plain["clip_fraction"]
-    # the mean is over all tokens of the step, however they are split
-    (together, *_) = run(CHANGES["DAPO"], "--micro_batch", "4")
-    assert together["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-3) != plain["grad_norm"]
+@pytest.mark.parametrize("title", ["Dr. GRPO", "DAPO", "GSPO"])
+def test_loss_and_gradient_do_not_depend_on_how_a_step_is_split(run, unchanged, title):
+    lines = []
+    for micro_batch, two_processes in SPLITS.values():
+        lines.append(run(CHANGES[title], "--micro_batch", micro_batch, two_processes=two_processes)[0])
+    for name in ("loss", "grad_norm", "kl", "entropy", "clip_fraction_low", "clip_fraction_high"):
+        assert lines[0][name] == pytest.approx(lines[1][name], rel=1e-3, abs=1e-6), name
+        assert lines[0][name] == pytest.approx(lines[2][name], rel=1e-3, abs=1e-6), name
+    assert lines[0]["grad_norm"] != pytest.approx(unchanged[0]["grad_norm"], rel=1e-3)
+    # of the same samples, the metrics of tokens do not depend on the loss, until it is used
+    if title != "DAPO":
+        assert lines[0]["reward"] == unchanged[0]["reward"]
 
 
 @pytest.mark.slow
-def test_dapo_on_two_processes(run):
-    """Counts must not be averaged over processes as integers."""
-    run(CHANGES["DAPO"], "--micro_batch", "2", two_processes=True)
+def test_dapo_draws_again_and_punishes_length(run, unchanged):
+    (first, *_) = run(CHANGES["DAPO"], "--max_new_tokens", "12")
+    assert -1 <= first["reward_overlong"] < 0
+    assert first["reward_accuracy"] != unchanged[0]["reward_accuracy"]
 
 
 @pytest.mark.slow
-def test_no_kl(run, unchanged):
-    lines = run(CHANGES["No KL"])
-    assert [line["kl"] for line in lines] == [0, 0] and unchanged[-1]["kl"] > 0
+def test_an_entropy_bonus_keeps_entropy_up(run):
+    """With a weight at which it outweighs everything else."""
+    strong = CHANGES["An entropy bonus"].replace("0.01 *", "100 *")
+    flags = ("--max_steps", "6", "--num_iterations", "1")
+    assert run(strong, *flags)[-1]["entropy"] > run("", *flags)[-1]["entropy"] + 0.01
+
+
+class Judge(BaseHTTPRequestHandler):
+    """Gives each completion a tenth of its length, for as long as it feels like it."""
+
+    answers = 99
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        Judge.answers -= 1
+        if Judge.answers < 0:
+            return self.send_error(500)
+        assert all(row.keys() == {"question", "answer", "text"} for row in asked) and len(asked) % 4 == 0
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps([len(row["text"]) / 10 for row in asked]).encode())
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.slow
+def test_a_judge_over_http(run):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    diff = CHANGES["A judge over HTTP"].replace("8008", str(server.server_port))
+    for line in run(diff):
+        assert 0.1 < line["reward_judge"] / line["completion_tokens"] < 1
+    Judge.answers = 2  # the groups of samples.jsonl, and one step
+    with pytest.raises(AssertionError, match="error: HTTP Error 500") as failed:
+        run(diff)
+    assert "stopped after 1 of 2 steps" in str(failed.value) and "Traceback" not in str(failed.value)
+    server.shutdown()
+    server.server_close()
+    Judge.answers = 99
+    with pytest.raises(AssertionError, match="error: .*Connection refused"):
+        run(diff)
+
+
+@pytest.mark.slow
+def test_free_form_answers(run, folder, tmp_path):
+    rows = [json.loads(line) for line in open(folder / "train.jsonl")]
+    for row in rows:
+        row["audio"] = str(folder / row["audio"])
+        del row["choices"]
+    path = write(tmp_path / "free.jsonl", rows)
+    flags = ("--data", path, "--eval_data", path, "--max_steps", "2")
+    lines = run(CHANGES["Free-form answers"], *flags, reward_odd_lengths=False)
+    rewards = [line["reward_accuracy"] for line in lines if "reward" in line]
+    accuracies = [line["eval_accuracy"] for line in lines if "eval_accuracy" in line]
+    assert all(0 < value < 0.5 for value in rewards + accuracies) and len(accuracies) == 2
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import soundfile
+import torch
 from conftest import run_script, write
 
 from cli import BadInput, printable
@@ -66,12 +67,15 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def show(monkeypatch):
-    """Make the page of one or two folders, and read it."""
+    """Make the page of one or more folders, and read it."""
 
     def make(*folders, flags=()):
         monkeypatch.setattr("sys.argv", ["report", *map(str, folders), *map(str, flags)])
         report.main()
-        name = "report.html" if len(folders) == 1 else "changed.html"
+        name = "report.html"
+        if len(folders) > 1:
+            is_evaluation = (folders[-1] / "predictions.json").exists()
+            name = "changed.html" if is_evaluation else "compared.html"
         return Page((folders[-1] / name).read_text(encoding="utf-8"))
 
     return make
@@ -85,6 +89,22 @@ def make_run(path, folder, lines=None, steps=3, **changes):
     group |= {"answer": "b", "completions": ["no", "yes"], "rewards": [0.0, 2.0], "advantages": [-0.5, 1.5]}
     write(path / "samples.jsonl", [{"step": step, **group, **changes} for step in range(steps)])
     return path
+
+
+def record_code(run, *entries):
+    """Write code.json from pairs of commit and patch; the entries start at steps 0, 10, 20, ..."""
+    codes = []
+    for i, (commit, patch) in enumerate(entries):
+        code = {"step": 10 * i, "commit": commit, "patch": "", "versions": {"torch": f"2.{i}"}}
+        if patch:
+            code["patch"] = f"code #{i}.patch"
+            (run / code["patch"]).write_text(patch)
+        codes.append(code)
+    (run / "code.json").write_text(json.dumps(codes))
+
+
+def descriptions(page):
+    return [svg["aria-label"] for svg in page.all("svg")]
 
 
 def make_evaluation(path, rows, answers=None):
@@ -121,29 +141,33 @@ def test_the_page_of_a_real_run(folder, tmp_path, show):
     run = tmp_path / "run"
     run_script("train_grpo", folder, run, samples_every=1, eval_data=str(folder / "test.jsonl"))
     page = show(run)
-    assert "Steps: 2 of 2 (finished)" in page.text and "prompts_per_step" in page.text
-    assert [svg["aria-label"].split(":")[0] for svg in page.all("svg")] == list(report.PANELS)
+    assert "2 of 2 steps (finished)" in page.text and "prompts_per_step" in page.text
+    assert f"torch {torch.__version__}" in page.text  # from code.json
+    titles = [description.split(":")[0] for description in descriptions(page)]
+    assert titles[: len(report.PANELS)] == list(report.PANELS) and "reward_format" in titles
     assert [section["data-step"] for section in page.all("section")] == ["0", "1", "2"] * 4
     for line in open(run / "samples.jsonl", encoding="utf-8"):
         assert set(map(printable, json.loads(line)["completions"])) <= set(page.texts("td"))
 
 
 def test_curves_and_groups(folder, tmp_path, show):
-    """Each part of the reward has a curve. An evaluation is a line of its own, so a step can have two."""
-    first = {"loss": 0.5, "reward": 1.0, "reward_accuracy": 0.5, "reward_brevity": 0.5, "reward_std": 9.0}
-    first |= {"seconds_sample": 1.0, "seconds_update": 2.0}
-    second = {key: value / 2 for key, value in first.items()}
+    """An evaluation is a line of its own, so a step can have two. A number of a fork has its own panel."""
+    first = {"loss": 0.5, "reward": 1.0, "reward_accuracy": 0.5, "reward_brevity": 0.5, "lr": 0.1}
+    first |= {"seconds_sample": 1.0, "seconds_update": 2.0, "my metric": 8, "note": "none"}
+    second = first | {"reward_accuracy": 0.25, "reward_brevity": 0.125, "seconds_update": 3.0, "my metric": 9}
     lines = [{"step": 0, "eval_accuracy": 0.25}, {"step": 0, **first}]
     lines += [{"step": 1, **second}, {"step": 2, "eval_accuracy": 1}]
     page = show(make_run(tmp_path / "run", folder, lines, steps=1))
-    assert "Steps: 2 (not finished)" in page.text
-    assert [svg["aria-label"] for svg in page.all("svg")] == [
+    assert "2 steps (not finished)" in page.text
+    assert descriptions(page) == [
         "accuracy: held-out questions, greedy from 0.25 to 1, samples from 0.5 to 0.25",
-        "reward: sum of all parts from 1 to 0.5, brevity from 0.5 to 0.25",
-        "loss: mean from 0.5 to 0.25",
-        "seconds per step: sample from 1 to 0.5, update from 2 to 1",
+        "reward: sum of all parts from 1 to 1",
+        "loss: mean from 0.5 to 0.5",
+        "seconds per step: sample from 1 to 1, update from 2 to 3",
+        "reward_brevity: reward_brevity from 0.5 to 0.125",
+        "my metric: my metric from 8 to 9",
     ]
-    assert {"brevity", "seconds per step"} <= set(page.texts("text"))  # drawn, too
+    assert {"seconds per step", "update", "my metric"} <= set(page.texts("text"))  # drawn, too
 
     colours = [row["style"] for row in page.all("tr") if "style" in row]
     assert colours == ["background: rgb(230 110 20 / 0.10)", "background: rgb(30 120 230 / 0.30)"]
@@ -153,29 +177,45 @@ def test_curves_and_groups(folder, tmp_path, show):
 
 
 def test_a_run_that_is_still_going(folder, tmp_path, show):
-    """It has no settings yet, and its logs may end in half a line; SFT writes no groups."""
+    """Its logs may end in half a line, and samples are written first. SFT writes no groups."""
     run = make_run(tmp_path / "run", folder, steps=1)
+    (run / "run.json").write_text('{"max_steps": 7}')
     for name in ("metrics.jsonl", "samples.jsonl"):
         with open(run / name, "a") as file:
             file.write('{"step": 1, "l')
     page = show(run)
-    assert "Steps: 1 (not finished)" in page.text and "written with the first checkpoint" in page.text
+    assert "1 of 7 steps (not finished)" in page.text
     assert len(page.all("svg")) == len(page.all("section")) == 1
 
-    (run / "metrics.jsonl").rename(run / "metrics")  # not written before the first step is done
+    (run / "metrics.jsonl").rename(run / "metrics")
     page = show(run)
-    assert "Steps: 0" in page.text and not page.all("svg") and len(page.all("section")) == 1
+    assert "0 of 7 steps" in page.text and not page.all("svg") and len(page.all("section")) == 1
 
     (run / "metrics").rename(run / "metrics.jsonl")
     (run / "samples.jsonl").unlink()
-    (run / "checkpoint-1").mkdir()
-    (run / "checkpoint-1" / "run.json").write_text('{"max_steps": 7}')
+    (run / "run.json").unlink()  # of an earlier version
     page = show(run)
-    assert "Steps: 1 of 7 (not finished)" in page.text and page.texts("h2") == ["Curves", "Settings"]
+    assert page.texts("h2") == ["Curves", "Settings", "Code"]
+    assert "(not finished)" in page.text and page.text.count("not recorded") == 2
+
+
+def test_the_code_of_a_run(folder, tmp_path, show):
+    run = make_run(tmp_path / "run", folder)
+    lines = [f"+line {i}" for i in range(1_000)]
+    record_code(run, ("abc", ""), ("abc", "+<b>new</b>"), ("def", "\n".join(lines)), ("", ""))
+    page = show(run)
+    paragraphs = page.texts("p")
+    assert "From step 0: commit abc, no changes, torch 2.0" in paragraphs
+    assert "From step 10: commit abc, with changes: " in paragraphs
+    assert "From step 30: no git commit, torch 2.3" in paragraphs
+    patches = [unquote(link["href"]) for link in page.all("a")]
+    assert patches == ["code #1.patch", "code #2.patch"]
+    assert page.texts("pre") == ["+<b>new</b>", "\n".join(lines[:200])]
+    assert "the changes (the first 200 of 1000 lines)" in page.texts("summary")
 
 
 def test_text_from_data_stays_text(folder, tmp_path, show, rows):
-    lines = [{"step": 0, "reward": 1.0, "reward_<b>": 1.0}]
+    lines = [{"step": 0, "reward": 1.0, "reward_<b>": 1.0, "$\\frac$": 1.0}]
     plain = show(make_run(tmp_path / "plain", folder, lines))
     group = {"completions": NASTY, "rewards": [1.0] * 6, "advantages": [0.0] * 6}
     run = make_run(tmp_path / "<b>&amp;", folder, lines, 1, question="".join(NASTY), choices=NASTY, **group)
@@ -222,7 +262,7 @@ def test_long_clips_are_linked(folder, tmp_path, show, long_clip):
 def test_a_long_run_is_smoothed_and_thinned_out(folder, tmp_path, show):
     lines = [{"step": step, "loss": step} for step in range(2_001)]
     page = show(make_run(tmp_path / "run", folder, lines, steps=2_001))
-    assert page.all("svg")[0]["aria-label"] == "loss: mean from 24.5 to 2000"  # of 50 steps, and of 1
+    assert descriptions(page) == ["loss: mean from 24.5 to 2000"]  # of 50 steps, and of 1
     assert [int(section["data-step"]) for section in page.all("section")] == list(range(0, 2_001, 2))
     assert "1001 of 2001 steps" in page.text
 
@@ -230,11 +270,88 @@ def test_a_long_run_is_smoothed_and_thinned_out(folder, tmp_path, show):
 def test_the_picture_shows_accuracy_and_kl(folder, tmp_path, show):
     lines = [{"step": 0, "eval_accuracy": 0.25}, {"step": 0, "reward_accuracy": 0.5, "kl": 0.0}]
     lines += [{"step": 1, "reward_accuracy": 0.75, "kl": 0.1}, {"step": 2, "eval_accuracy": 0.9}]
-    show(make_run(tmp_path / "run", folder, lines), flags=["--picture", tmp_path / "curves.svg"])
+    run = make_run(tmp_path / "run", folder, lines)
+    show(run, flags=["--picture", tmp_path / "curves.svg"])
     assert ElementTree.parse(tmp_path / "curves.svg").getroot().tag.endswith("svg")
-    figure = report.draw_picture(lines, str(tmp_path / "curves.png"))
+    figure = report.draw_picture(report.read_runs([str(run)]), str(tmp_path / "curves.png"))
     curves = [line.get_xydata().tolist() for axes in figure.axes for line in axes.lines]
     assert curves == [[[0, 0.25], [2, 0.9]], [[0, 0.5], [1, 0.75]], [[0, 0], [1, 0.1]]]
+
+
+# ---------------------------------------------------------------- several runs
+
+
+@pytest.fixture
+def three_runs(folder, tmp_path):
+    """Two runs of GRPO, the second from an earlier version, and one of SFT."""
+    settings = {"model": "m", "lr": 1, "beta": 0.5, "output": "a"}
+    grpo = {
+        "step": 0,
+        "loss": 1.0,
+        "reward_accuracy": 0.5,
+        "clip_fraction_low": 0.25,
+        "clip_fraction_high": 0,
+    }
+    old = {"step": 0, "loss": 2.0, "reward_accuracy": 0.75, "clip_fraction": 0.125}
+    sft = {"step": 0, "loss": 3.0}
+    runs = {"a": grpo, "$b<b>": old, "sft/c": sft}
+    changes = {"a": {}, "$b<b>": {"output": "b", "lr": 2}, "sft/c": {"output": "c", "beta": None}}
+    (tmp_path / "sft").mkdir()
+    paths = []
+    for name, line in runs.items():
+        path = make_run(tmp_path / name, folder, [{"step": 0, "eval_accuracy": 0}, line])
+        changed = settings | changes[name]
+        if changed["beta"] is None:  # SFT has no such setting
+            del changed["beta"]
+        (path / "run.json").write_text(json.dumps(changed))
+        paths.append(path)
+    return paths
+
+
+def test_several_runs_share_panels(three_runs, show, tmp_path):
+    (three_runs[1] / "report.html").touch()
+    page = show(*three_runs, flags=["--picture", tmp_path / "curves.svg"])
+    assert page.texts("h1") == ["a, $b<b>, sft/c"]
+    assert descriptions(page) == [
+        "accuracy: a, held-out questions, greedy from 0 to 0, $b<b>, held-out questions, greedy from 0 to 0, "
+        "sft/c, held-out questions, greedy from 0 to 0, a, samples from 0.5 to 0.5, "
+        "$b<b>, samples from 0.75 to 0.75",
+        "share of clipped tokens: a, ratio too low from 0.25 to 0.25, a, ratio too high from 0 to 0, "
+        "$b<b>, either from 0.125 to 0.125",
+        "loss: a, mean from 1 to 1, $b<b>, mean from 2 to 2, sft/c, mean from 3 to 3",
+    ]
+    assert page.texts("text").count("$b<b>") == 3  # in each legend
+    assert [link["href"] for link in page.all("a")] == ["../../%24b%3Cb%3E/report.html"]
+    assert page.texts("th") == ["a", "$b<b>", "sft/c", "lr", "beta"]  # the output folder is no difference
+    assert page.texts("td") == ["", "1", "2", "1", "0.5", "0.5", "(has none)"]
+
+    # a run has one colour and one marker in all panels, and a metric one line style
+    figure = report.draw_picture(report.read_runs(list(map(str, three_runs))), str(tmp_path / "curves.png"))
+    held_out, samples = figure.axes[0].lines[:3], figure.axes[0].lines[3:]
+    assert [line.get_color() for line in samples] == [line.get_color() for line in held_out[:2]]
+    assert len({line.get_color() for line in held_out}) == len({line.get_marker() for line in held_out}) == 3
+    assert {line.get_linestyle() for line in held_out} == {"-"}
+    assert {line.get_linestyle() for line in samples} == {"--"}
+
+
+def test_whether_several_runs_have_the_same_code(three_runs, show):
+    first, second, third = three_runs
+    record_code(first, ("abc", "+new"))
+    record_code(second, ("abc", ""), ("abc", "+new"))
+    page = show(first, second)
+    assert "The code is the same." in page.text
+    assert "$b<b> (since step 10): commit abc, with changes: code #1.patch, torch 2.1" in page.text
+    hrefs = [link["href"] for link in page.all("a")]
+    assert [(second / unquote(href)).read_text() for href in hrefs] == ["+new", "+new"]
+
+    assert "The code may differ" in show(first, third).text  # without code.json
+    assert "sft/c: not recorded" in show(first, second, third).text
+    for code in (("def", "+new"), ("abc", "+newer"), ("abc", "")):
+        record_code(third, code)
+        assert "The code differs." in show(first, second, third).text
+    record_code(first, ("", ""))
+    record_code(third, ("", ""))
+    assert "The code may differ" in show(first, third).text  # without git
 
 
 # ---------------------------------------------------------------- evaluations
@@ -297,23 +414,41 @@ def test_answers_that_changed_between_two_evaluations(tmp_path, show, rows):
     assert cells[cells.index("correct") :][:3] == ["correct", "9", "10"]  # of both evaluations
 
 
+def test_two_evaluations_with_some_questions_in_common(tmp_path, show, rows):
+    first = make_evaluation(tmp_path / "a", rows[:8], {0: "no", 5: "no"})
+    second = make_evaluation(tmp_path / "b", rows[2:], {0: "no"})
+    page = show(first, second)
+    assert [item["data-result"] for item in page.all("article")] == ["now wrong", "now right"]
+    assert page.texts("td")[:2] == ["83.3%", "83.3%"]  # 5 of the 6
+    assert "2 of 6 answers changed. 6 questions are in both" in page.text
+    assert "2 are only in the first, 4 only in the second" in page.text
+
+
 def test_bad_input_gives_one_line_and_no_page(folder, tmp_path, show, rows, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "metrics.jsonl").touch()
     run = make_run(tmp_path / "run", folder)
+    started = make_run(tmp_path / "started", folder)
+    (started / "metrics.jsonl").write_text("")
     evaluation = make_evaluation(tmp_path / "eval", rows)
     stale = make_evaluation(tmp_path / "stale", rows)
     (stale / "predictions.json").write_text(json.dumps(rows))
-    other = make_evaluation(tmp_path / "other", rows[1:])
+    other = make_evaluation(tmp_path / "other", [row | {"question": "Another?"} for row in rows])
+    no_patch = make_run(tmp_path / "no_patch", folder)
+    record_code(no_patch, ("abc", "+new"))
+    (no_patch / "code #0.patch").unlink()
     cases = [
         ([tmp_path / "empty"], "", "/empty: neither a run"),
-        ([run, run], "", "/run: neither a run"),
-        ([evaluation, evaluation, evaluation], "", "/eval: neither a run"),
+        ([run, tmp_path / "empty", run], "", "/empty: neither a run"),
+        ([run, run], "", "/run: is given twice"),
+        ([run, evaluation], "", "/run is a run and .*/eval an evaluation: they cannot share a page"),
+        ([evaluation, evaluation, evaluation], "", "two evaluations can be compared, not 3"),
         ([make_run(tmp_path / "damaged", folder, choices=3)], "", "/damaged: TypeError"),
+        ([no_patch, run], "", "/no_patch: code.json: FileNotFoundError"),
         ([stale], "", "/stale: no results.json for these predictions; run python evaluate.py --score"),
-        ([other, evaluation], "", "/eval: does not have the same questions"),
-        ([evaluation], "x.svg", "--picture x.svg: .*/eval has no metrics.jsonl"),
+        ([other, evaluation], "", "/eval: has no question in common with .*/other"),
+        ([evaluation], "x.svg", "--picture x.svg: only runs have curves"),
+        ([started], "x.svg", "--picture x.svg: started: no metrics to draw"),
         ([run], "none/x.svg", "--picture none/x.svg: FileNotFoundError"),
         ([run], "x.doc", "--picture x.doc: ValueError"),
     ]
@@ -385,6 +520,18 @@ def test_a_run_in_a_browser(folder, tmp_path, show, long_clip):
     assert title == str(run) and images == 0 and width <= 360
     assert durations == pytest.approx([soundfile.info(folder / "train/0000.wav").duration, 32], abs=1e-3)
     assert sections == [[0, 3], [1, 3]] and step == "1"  # only the first slider moved
+
+
+def test_several_runs_in_a_browser(three_runs, show):
+    """The table of settings is wider than a telephone, and scrolls by itself."""
+    settings = three_runs[0] / "run.json"
+    settings.write_text(json.dumps({"a_setting_with_a_long_name": "a long value " * 5}))
+    record_code(three_runs[0], ("0" * 40, "+x" * 1_000))
+    show(*three_runs)
+    code = """const table = page.querySelector(".scroll");
+        found.push(page.documentElement.scrollWidth <= 360, table.scrollWidth > table.clientWidth);
+        found.push(all("svg").every(svg => svg.getBoundingClientRect().width > 300));"""
+    assert in_browser(three_runs[-1] / "compared.html", code) == [True, True, True]
 
 
 def test_the_filter_of_an_evaluation_in_a_browser(tmp_path, show, rows):

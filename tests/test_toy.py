@@ -122,6 +122,14 @@ def test_own_flags_override_those_of_the_toy(start):
     assert (config.lr, config.max_new_tokens, config.micro_batch) == (4e-4, 16, 8)
 
 
+def test_each_flag_is_named_once(start, capsys):
+    start(train_grpo, "--prompts_per_step", "8", "--skip_steps", "1", "2", "--lr=1e-3")
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("train_grpo.py"))
+    flags = [word for word in line.split() if word.startswith("--")]
+    assert len(flags) == len(set(flags))
+    assert "--prompts_per_step 8" in line and "--skip_steps 1 2" in line and "--lr 1e-3" in line
+
+
 def test_thinking_starts_from_a_model_that_has_seen_thoughts(start, monkeypatch):
     warm_ups = []
 

@@ -9,9 +9,10 @@ from conftest import as_flags, assert_same_run, config, launch, load_examples, m
 from conftest import training_code, weights
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
+import train_grpo
 from cli import BadInput, parse
 from data import stream_indices
-from model import encode_audio, load_model, shared_prompt_logps
+from model import completion_logits, encode_audio, load_model
 from train_grpo import Config, completion_mean, compute_rewards, group_advantages, grpo_loss
 
 
@@ -40,13 +41,14 @@ def test_loss_by_hand_with_clipping():
     old = torch.log(torch.tensor([[[0.4, 0.2], [0.2, 0.9]]]))
     ref = torch.log(torch.tensor([[[0.3, 0.2], [0.1, 0.1]]]))
     A, mask = torch.tensor([[1.0, -2.0]]), torch.tensor([[[True, True], [True, False]]])
-    loss, kl, clipped = grpo_loss(logps, old, ref, A, mask, epsilon=0.2, beta=0.1)
+    loss, tokens = grpo_loss(logps, old, ref, A, mask, epsilon=0.2, beta=0.1)
     # ratio 1.5, A 1: clipped to 1.2. ratio 1, A 1: 1. ratio 0.5, A -2: min(-1, 0.8 x -2) = -1.6, clipped
     k3 = 0.5 - math.log(0.5) - 1  # where ref / pi = 0.5; elsewhere they agree
     first, second = (1.2 - 0.1 * k3 + 1.0) / 2, -1.6
     assert loss.item() == pytest.approx(-(first + second) / 2, abs=1e-6)
-    assert kl.item() == pytest.approx(k3 / 4, abs=1e-6)
-    assert clipped.item() == pytest.approx((0.5 + 1) / 2)
+    assert tokens["kl"][mask].tolist() == pytest.approx([k3, 0, 0], abs=1e-6)
+    assert tokens["clip_fraction_high"][mask].tolist() == [1, 0, 0]
+    assert tokens["clip_fraction_low"][mask].tolist() == [0, 0, 1]
     loss.backward()
     # a clipped token has no gradient but the KL's: d kl / d logp = 1 - ref / pi
     expected = [[[0.1 * 0.5 / 4, -1.0 / 4], [0.0, 0.0]]]
@@ -67,8 +69,8 @@ def test_rewards_have_names_and_compare_each_completion_with_its_own_question(ex
 
 def test_loss_without_reference_has_no_kl():
     logps = torch.randn(2, 3, 4)
-    loss, kl, clipped = grpo_loss(logps, logps, None, torch.ones(2, 3), torch.ones(2, 3, 4).bool(), 0.2, 0.0)
-    assert (loss.item(), kl.item(), clipped.item()) == (-1.0, 0.0, 0.0)
+    loss, tokens = grpo_loss(logps, logps, None, torch.ones(2, 3), torch.ones(2, 3, 4).bool(), 0.2, 0.0)
+    assert loss == -1 and not any(values.any() for values in tokens.values())
 
 
 # ---------------------------------------------------------------- whole steps
@@ -102,7 +104,9 @@ def test_the_second_update_of_a_rollout_is_off_policy(folder, tmp_path, reward_o
     """With num_iterations 2 the ratio leaves 1, old_logps stay the sampler's, and clipping sets in."""
     train(folder, tmp_path / "one", micro_batch=4, lr=3.0, max_steps=1)
     train(folder, tmp_path / "two", micro_batch=4, lr=3.0, max_steps=1, num_iterations=2)
-    assert metrics(tmp_path / "one")[0]["clip_fraction"] == 0 < metrics(tmp_path / "two")[0]["clip_fraction"]
+    one, two = (metrics(tmp_path / name)[0] for name in ("one", "two"))
+    assert one["clip_fraction_low"] == one["clip_fraction_high"] == 0
+    assert two["clip_fraction_low"] > 0 and two["clip_fraction_high"] > 0
 
 
 def no_reference(*_):
@@ -122,19 +126,19 @@ def test_under_lora_the_reference_is_the_policy_with_its_adapters_off(
     calls = []
 
     def spy(model, *args):
-        logps = shared_prompt_logps(model, *args)
-        calls.append((logps.detach(), torch.is_grad_enabled(), args))
-        return logps
+        logits = completion_logits(model, *args)
+        calls.append((logits.detach(), torch.is_grad_enabled(), args))
+        return logits
 
     monkeypatch.setattr("training.load_reference", no_reference)
-    monkeypatch.setattr("model.shared_prompt_logps", spy)
+    monkeypatch.setattr("model.completion_logits", spy)
     train(folder, tmp_path / "run", lora_rank=4, lr=1.0, max_steps=3, micro_batch=4)
     lines = metrics(tmp_path / "run")
     assert lines[0]["kl"] == 0 and lines[2]["kl"] > 1e-4
     base, _ = load_model(str(folder / "model"), torch.float32)
     assert [with_gradient for _, with_gradient, _ in calls] == [False, True] * 3
     for reference, _, args in calls[::2]:
-        assert torch.equal(reference, shared_prompt_logps(base, *args).detach())
+        assert torch.equal(reference, completion_logits(base, *args).detach())
     assert not torch.equal(calls[4][0], calls[5][0])
 
 
@@ -151,6 +155,35 @@ def test_metrics_tell_thinking_from_answering(folder, tmp_path, monkeypatch):
     assert lengths[2] == 0 < lengths[1] < lengths[0]
     total = line["thinking_tokens"] + line["answer_tokens"]
     assert total == pytest.approx(line["completion_tokens"], rel=1e-5)
+
+
+def test_token_metrics_are_means_over_all_tokens_of_the_step(
+    folder, tmp_path, monkeypatch, reward_odd_lengths, plain_sgd
+):
+    """Of all updates, whatever the micro-batches, and whatever mean the loss takes."""
+    plain, seen = train_grpo.grpo_loss, []
+
+    def grpo_loss(logps, old_logps, ref_logps, advantages, mask, epsilon, beta):
+        ratio = torch.exp(logps - old_logps)[mask].detach()
+        r = torch.exp(ref_logps - logps)[mask].detach()
+        A = advantages[..., None].expand(mask.shape)[mask]
+        high, low = (A > 0) & (ratio > 1 + epsilon), (A < 0) & (ratio < 1 - epsilon)
+        seen.append(torch.stack([r - r.log() - 1, low.float(), high.float()]))
+        return plain(logps, old_logps, ref_logps, advantages, mask, epsilon, beta)
+
+    monkeypatch.setattr(train_grpo, "grpo_loss", grpo_loss)
+    flags = dict(micro_batch=1, num_iterations=2, lr=3.0, max_steps=1)
+    train(folder, tmp_path / "run", **flags)
+    (line,) = metrics(tmp_path / "run")
+    expected = torch.cat(seen, 1).mean(1).tolist()  # over 2 x 4 micro-batches of unequal numbers of tokens
+    found = [line[name] for name in ("kl", "clip_fraction_low", "clip_fraction_high")]
+    assert found == pytest.approx(expected, rel=1e-4) and min(found) > 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train_grpo, "completion_mean", lambda x, mask: (x * mask).sum(-1).mean() / 256)
+        train(folder, tmp_path / "dr", **flags | dict(lr=0.0))
+    train(folder, tmp_path / "same", **flags | dict(lr=0.0))
+    dr, same = (metrics(tmp_path / name)[0] for name in ("dr", "same"))
+    assert dr["entropy"] == same["entropy"] > 0 and dr["grad_norm"] < same["grad_norm"]
 
 
 def test_every_part_of_the_reward_is_a_metric(folder, tmp_path, monkeypatch):
@@ -175,7 +208,7 @@ def test_every_weight_moves_but_the_encoders_sinusoids(folder, tmp_path, reward_
 
 
 def test_frozen_encoder_stays_and_the_rest_moves(folder, tmp_path, reward_odd_lengths, plain_sgd):
-    train(folder, tmp_path / "run", freeze_audio_encoder=True, gradient_checkpointing=True)
+    train(folder, tmp_path / "run", train=["projector", "language"], gradient_checkpointing=True)
     before, after = weights(folder / "model"), weights(tmp_path / "run")
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and not any("audio_tower" in name for name in moved)
@@ -183,9 +216,9 @@ def test_frozen_encoder_stays_and_the_rest_moves(folder, tmp_path, reward_odd_le
 
 
 ENCODINGS = {  # flags, and how often the encoder runs in a step of 4 prompts
-    "frozen encoder": (dict(freeze_audio_encoder=True), 1),
+    "frozen encoder": (dict(train=["projector", "language"]), 1),
     "LoRA": (dict(lora_rank=4), 1),
-    "adapters in the encoder": (dict(lora_rank=4, lora_target="all"), 1 + 4 + 4),
+    "adapters in the encoder": (dict(lora_rank=4, train=["encoder", "language"]), 1 + 4 + 4),
 }
 
 
@@ -206,7 +239,8 @@ def test_metrics_checkpoints_and_evaluation(folder, tmp_path):
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in evaluations] == [0, 2, 3]  # the last is the final model's
     assert all(line.keys() == {"step", "eval_accuracy"} for line in evaluations)
-    keys = """step reward reward_accuracy reward_format reward_std zero_std_groups kl clip_fraction loss
+    keys = """step reward reward_accuracy reward_format reward_std zero_std_groups kl entropy
+        clip_fraction_low clip_fraction_high loss
         grad_norm lr completion_tokens truncated unique_completions clips_cut clips_silent clips_skipped
         thinking_tokens answer_tokens seconds_sample seconds_score seconds_update"""
     assert [line["step"] for line in steps] == [0, 1, 2]

@@ -151,17 +151,32 @@ def test_only_adapters_of_the_language_model_are_kept(lora):
 
 
 @pytest.mark.parametrize(
-    "target, found",
-    [("all", "q_proj k_proj v_proj out_proj fc1 fc2"), (r".*multi_modal_projector\.linear", "linear")],
+    "parts, found",
+    [(["encoder", "language"], "q_proj k_proj v_proj out_proj fc1 fc2"), (["projector"], "linear")],
+    ids=str,
 )
-def test_adapters_go_where_they_are_told(folder, tmp_path, target, found):
-    train(folder, tmp_path / "run", lora_rank=2, lora_target=target, max_steps=1)
-    names = [
-        name
-        for name in load_file(tmp_path / "run" / "adapter_model.safetensors")
-        if "language_model" not in name
-    ]
-    assert {name.split(".")[-3] for name in names} == set(found.split())
+def test_adapters_go_where_they_are_told(folder, tmp_path, parts, found):
+    train(folder, tmp_path / "run", lora_rank=2, train=parts, max_steps=1)
+    names = load_file(tmp_path / "run" / "adapter_model.safetensors").keys()
+    assert any("language_model" in name for name in names) == ("language" in parts)
+    assert {name.split(".")[-3] for name in names if "language_model" not in name} == set(found.split())
+
+
+@pytest.mark.parametrize("parts", [["encoder"], ["projector"], ["projector", "language"]], ids=str)
+def test_only_these_parts_are_trained(folder, tmp_path, parts):
+    train(folder, tmp_path / "run", train=parts, max_steps=2)
+    before = load_file(folder / "model" / "model.safetensors")
+    after = load_file(tmp_path / "run" / "model.safetensors")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    prefixes = {"encoder": "audio_tower", "projector": "multi_modal_projector", "language": "language_model"}
+    expected = tuple(prefixes[part] for part in parts)
+    assert moved == {name for name in before if name.startswith(expected) and "embed_positions" not in name}
+
+
+def test_the_learning_rate_warms_up_and_decays(folder, tmp_path):
+    train(folder, tmp_path / "run", max_steps=8, warmup_steps=4, lr=0.8)
+    rates = [line["lr"] for line in metrics(tmp_path / "run")]
+    assert rates == pytest.approx([0.2, 0.4 * 7 / 8, 0.6 * 6 / 8, 0.8 * 5 / 8, 0.4, 0.3, 0.2, 0.1])
 
 
 def test_lora_learns_by_heart(folder, tmp_path):
@@ -197,16 +212,7 @@ BAD = {
         dict(lora_rank=2, lora_dropout=1.5),
         "--lora_dropout must be at least 0 and below 1, not 1.5",
     ),
-    "target matches nothing": (
-        dict(lora_rank=2, lora_target="nothing"),
-        "--lora_target nothing: matches no linear layer",
-    ),
-    "target is the head": (dict(lora_rank=2, lora_target=".*"), "--lora_target [.][*]: matches lm_head"),
-    "target is no expression": (dict(lora_rank=2, lora_target="("), "--lora_target [(]: "),
-    "frozen and not": (
-        dict(lora_rank=2, lora_target="all", freeze_audio_encoder=True),
-        "is for training without LoRA",
-    ),
+    "unknown part": (dict(train=["vision"]), "--train vision: unknown, choose from encoder, projector"),
 }
 
 

@@ -40,10 +40,10 @@ TWO_PROCESSES = {  # script, flags, FSDP2
     # adapters in FSDP2's root too, which stays gathered after the reference was scored
     "GRPO with LoRA on the projector, FSDP2": (
         "train_grpo",
-        dict(lora_rank=4, lora_target=r".*(q_proj|projector\.linear)"),
+        dict(lora_rank=4, train=["projector", "language"]),
         True,
     ),
-    "SFT, FSDP2": ("train_sft", dict(freeze_audio_encoder=True, gradient_checkpointing=True), True),
+    "SFT, FSDP2": ("train_sft", dict(train=["projector", "language"], gradient_checkpointing=True), True),
 }
 RECOMPUTED = {  # by accelerate's own setting
     "GRPO, FSDP2, activations recomputed": ("train_grpo", {}, True),
@@ -61,7 +61,7 @@ def test_the_same_run(folder, tmp_path, reward_odd_lengths, plain_sgd, script, b
     assert max((after[name] - before[name]).abs().max() for name in before) > 1e-3  # it did learn
 
 
-@pytest.mark.parametrize("flags", [dict(freeze_audio_encoder=True), dict(lora_rank=4)], ids=str)
+@pytest.mark.parametrize("flags", [dict(train=["projector", "language"]), dict(lora_rank=4)], ids=str)
 def test_the_same_run_with_one_encoding_a_step(
     folder, tmp_path, monkeypatch, reward_odd_lengths, plain_sgd, flags
 ):
@@ -81,8 +81,8 @@ def test_the_same_run_in_two_processes(
     flags = flags | held_out | dict(lr=0.1, max_steps=4, save_every=2)
     run_script(script, folder, tmp_path / "one", **flags)
     two = config(script, folder, tmp_path / "two", **flags)
-    environment = {"FSDP_ACTIVATION_CHECKPOINTING": "true"} if name in RECOMPUTED else {}
-    launch(training_code(script, SGD), *as_flags(two), fsdp=fsdp, **environment)
+    options = ["--fsdp_activation_checkpointing", "true"] if name in RECOMPUTED else []
+    launch(training_code(script, SGD), *as_flags(two), fsdp=fsdp, options=options)
     assert_same_run(tmp_path / "one", tmp_path / "two")
     load_model(str(tmp_path / "two"))  # refuses names that are not the model's
     if script == "train_grpo":
@@ -123,20 +123,17 @@ def test_what_accelerate_is_told_is_supported_or_refused(folder, tmp_path, envir
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "setting, says",
+    "options, says",
     [
-        (
-            {"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"},
-            "fsdp_auto_wrap_policy must be TRANSFORMER_BASED_WRAP",
-        ),
-        ({"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params and cpu_ram_efficient_loading must be false"),
+        (["--fsdp_auto_wrap_policy", "SIZE_BASED_WRAP"], "must be TRANSFORMER_BASED_WRAP"),
+        (["--fsdp_offload_params", "true"], "fsdp_offload_params and .* must be false"),
     ],
     ids=str,
 )
-def test_other_settings_of_fsdp2_are_refused(folder, tmp_path, setting, says):
+def test_other_settings_of_fsdp2_are_refused(folder, tmp_path, options, says):
     flags = as_flags(config("train_grpo", folder, tmp_path / "run"))
     with pytest.raises(AssertionError, match=says):
-        launch(training_code("train_grpo"), *flags, fsdp=True, **setting)
+        launch(training_code("train_grpo"), *flags, fsdp=True, options=options)
 
 
 def test_weights_under_other_names_are_not_saved(folder, tmp_path, monkeypatch):

@@ -39,7 +39,7 @@ class Method:
 
 RATES = ("5e-5", "1e-4", "2e-4")
 LORA_RATES = ("3e-4", "1e-3", "3e-3")
-LORA = "--lora_rank 16 --lora_target all"
+LORA = "--lora_rank 16 --train encoder language"
 METHODS = {
     "full SFT": Method("train_sft.py", "", RATES),
     "LoRA SFT": Method("train_sft.py", LORA, LORA_RATES),

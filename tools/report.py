@@ -1,12 +1,14 @@
-"""Turn a training run or an evaluation into one HTML page to read and listen to.
+"""Turn training runs or evaluations into one HTML page to read and listen to.
 
     python -m tools.report runs/grpo                         # a run: curves, and some prompts over the steps
+    python -m tools.report runs/a runs/b runs/c              # runs: their curves, settings and code compared
     python -m tools.report runs/eval                         # an evaluation: accuracy, questions, answers
     python -m tools.report runs/before runs/after            # two evaluations: the answers that changed
     python -m tools.report runs/grpo --picture curves.svg    # also draw accuracy and KL as a picture
 
-The page is `report.html` in the folder; for two evaluations it is `changed.html` in the second folder. It
-needs no network and works while a run is still going. Short clips are embedded, long ones are linked.
+The page of one folder is its `report.html`. Several runs give `compared.html` in the last folder, and two
+evaluations give `changed.html` in the second. A page needs no network, and a run may still be going. Short
+clips are embedded, long ones are linked.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import base64
 import hashlib
 import html
 import io
+import json
 import math
 import os
 import re
@@ -24,6 +27,7 @@ from urllib.parse import quote
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from checkpoints import read_log
 from cli import BadInput, located, printable, run_main, say
@@ -35,6 +39,7 @@ from rewards import GROUPS, judge, paired_difference, prediction_of
 MAX_ITEMS = 2_000  # groups or questions on a page
 MAX_CLIP_BYTES = 1_000_000  # a larger clip is linked instead of embedded
 MAX_EMBEDDED_BYTES = 10_000_000  # for all the clips of a page together
+MAX_PATCH_LINES = 200
 MARKS = {True: "right", False: "wrong", None: "not scored"}
 
 STYLE = """
@@ -45,7 +50,11 @@ figure { margin: 0 }
 audio { width: min(24rem, 100%); display: block }
 article { border-top: 1px solid GrayText; padding: .5rem 0 1rem }
 td, th { padding: .2rem .6rem; text-align: left; vertical-align: top }
-.completion, td, h1, h3, li, [scope=row] { white-space: pre-wrap; overflow-wrap: anywhere }
+.completion, td, th, h1, h3, li, p { overflow-wrap: anywhere }
+.completion, td, h1, h3, li, [scope=row] { white-space: pre-wrap }
+.scroll, pre { overflow-x: auto }
+.scroll td { min-width: 7rem }
+.scroll [scope=row] { overflow-wrap: normal }
 .curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); gap: 1rem }
 form { position: sticky; top: 0; padding: .5rem 0; background: Canvas }
 form { display: flex; flex-wrap: wrap; gap: .5rem 1rem }
@@ -123,13 +132,22 @@ def page(title: str, content: str) -> str:
 """
 
 
-def table(rows: list[tuple]) -> str:
-    """A table in which each row begins with its name."""
+def table(rows: list[tuple], columns: list[str] | None = None) -> str:
+    """A table in which each row begins with its name; `columns` are the headings of the other cells."""
     lines = []
+    if columns:
+        headings = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
+        lines.append(f"<tr><td></td>{headings}</tr>\n")
     for name, *values in rows:
         cells = "".join(f"<td>{escape(value)}</td>" for value in values)
         lines.append(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>\n')
     return f"<table>{''.join(lines)}</table>"
+
+
+def link(path: str, text: str, page_folder: str) -> str:
+    """A link from a page in `page_folder` to a file."""
+    target = quote(os.path.relpath(path, page_folder))
+    return f'<a href="{target}">{escape(text)}</a>'
 
 
 def question_html(question: str, choices: list, answer: str | None) -> str:
@@ -172,45 +190,150 @@ class Clips:
         return f'<audio controls preload="{preload}" src="{source}" aria-label="{label}"></audio>{label}\n'
 
 
+# ---------------------------------------------------------------- what a run's folder contains
+
+
+@dataclass
+class Run:
+    folder: str
+    lines: list[dict]  # of metrics.jsonl
+    settings: dict  # run.json; empty if there is none
+    code: list["Code"]  # code.json; empty if there is none
+
+
+@dataclass
+class Code:
+    """An entry of code.json: the first is about the start of a run, the others about later changes."""
+
+    step: int  # the first with this code
+    commit: str  # empty without git
+    patch: str  # name of the file with the changes to the commit; empty if there are none
+    patch_text: str
+    versions: dict[str, str]  # of packages
+
+
+def read_run(folder: str) -> Run:
+    """Read everything about a run but its groups."""
+    with located(folder):
+        lines = read_log(os.path.join(folder, "metrics.jsonl"))
+        settings = read_json(os.path.join(folder, "run.json"))
+        return Run(folder, lines, settings, read_code(folder))
+
+
+def read_runs(folders: list[str]) -> dict[str, Run]:
+    """Runs by their names on the page: their paths, shortened by the folders that all of them share."""
+    paths = [os.path.abspath(folder) for folder in folders]
+    shared = os.path.commonpath([os.path.dirname(path) for path in paths])
+    runs = {}
+    for folder, path in zip(folders, paths):
+        name = os.path.relpath(path, shared)
+        if name in runs:
+            raise BadInput(f"{folder}: is given twice")
+        runs[name] = read_run(folder)
+    return runs
+
+
+def read_code(folder: str) -> list[Code]:
+    """The entries of code.json."""
+    path = os.path.join(folder, "code.json")
+    if not os.path.exists(path):
+        return []
+    codes = []
+    with located("code.json"):
+        for entry in json.loads(Path(path).read_text(encoding="utf-8")):
+            patch = entry["patch"]
+            text = ""
+            if patch:
+                text = Path(folder, patch).read_text(encoding="utf-8", errors="replace")
+            codes.append(Code(entry["step"], entry["commit"], patch, text, dict(entry["versions"])))
+    return codes
+
+
+def progress(run: Run) -> str:
+    """How far a run is."""
+    steps = str(sum("loss" in line for line in run.lines))
+    if run.settings.get("max_steps"):  # SFT has 0 if --epochs decides
+        steps += f" of {run.settings['max_steps']}"
+    is_finished = any(os.path.exists(os.path.join(run.folder, name)) for name in MODEL_FILES)
+    state = "finished" if is_finished else "not finished"
+    return f"{steps} steps ({state})"
+
+
 # ---------------------------------------------------------------- curves
 
-# {title of a panel: {label of a curve: key in metrics.jsonl}}; find_panels adds what depends on the run
+# {title of a panel: {label of a curve: key in metrics.jsonl}}; any other number gets a panel of its own
 PANELS = {
     "accuracy": {"held-out questions, greedy": "eval_accuracy", "samples": "reward_accuracy"},
     "KL to the reference": {"samples": "kl"},
     "reward": {"sum of all parts": "reward"},
-    "completion length (tokens)": {"mean": "completion_tokens"},
+    "completion length (tokens)": {
+        "mean": "completion_tokens",
+        "thinking": "thinking_tokens",
+        "answer": "answer_tokens",
+    },
+    "share of truncated completions": {"mean": "truncated"},
     "share of groups with equal rewards": {"mean": "zero_std_groups"},
-    "share of clipped tokens": {"mean": "clip_fraction"},
+    "share of clipped tokens": {
+        "ratio too low": "clip_fraction_low",
+        "ratio too high": "clip_fraction_high",
+        "either": "clip_fraction",  # what earlier versions logged
+    },
     "loss": {"mean": "loss"},
-    "seconds per step": {},
+    "norm of the gradient": {"before clipping": "grad_norm"},
+    "share of clips": {"cut": "clips_cut", "silent": "clips_silent", "skipped": "clips_skipped"},
+    "seconds per step": {"sample": "seconds_sample", "score": "seconds_score", "update": "seconds_update"},
 }
-LIMITS = {"accuracy": (0, 1), "KL to the reference": (0, None)}  # of the vertical axis
+NOT_DRAWN = ("step", "lr")
+LIMITS = {  # of the vertical axis
+    "accuracy": (0, 1),
+    "KL to the reference": (0, None),
+    "share of truncated completions": (0, None),
+    "share of groups with equal rewards": (0, None),
+    "share of clipped tokens": (0, None),
+    "share of clips": (0, None),
+}
 COLOURS = ["#2a7de1", "#d9541e", "#2e9e5b", "#a259d9", "#8a8a2a", "#c03a6b", "#777777"]
-LINE_STYLES = ["-", "--", ":"]
+MARKERS = ["o", "s", "^", "D", "v", "P"]
+LINE_STYLES = ["-", "--", ":", "-."]
+PLAIN_TEXT = {"text.parse_math": False}  # a $ in a name does not start a formula
 
 
-def find_panels(lines: list[dict]) -> dict[str, dict[str, list]]:
-    """The curves of a run, {panel: {label: [(step, value), ...]}}, without empty curves and panels."""
-    keys = {}  # in the order of the log
-    for line in lines:
-        keys |= line
+@dataclass
+class Curve:
+    run: str
+    metric: str
+    points: list[tuple[int, float]]  # step and value
 
-    wanted = {title: dict(curves) for title, curves in PANELS.items()}
-    for key in keys:
-        # reward_accuracy has its panel, and reward_std is not a part of the reward
-        if key.startswith("reward_") and key not in ("reward_accuracy", "reward_std"):
-            wanted["reward"][key.removeprefix("reward_")] = key
-        if key.startswith("seconds_"):
-            wanted["seconds per step"][key.removeprefix("seconds_")] = key
+
+def find_panels(runs: dict[str, Run]) -> dict[str, list[Curve]]:
+    """The curves of each panel, without empty panels."""
+    wanted = {title: dict(metrics) for title, metrics in PANELS.items()}
+    known = {key for metrics in PANELS.values() for key in metrics.values()}
+    for run in runs.values():
+        for line in run.lines:
+            for key in line:
+                if key not in known and key not in NOT_DRAWN:
+                    known.add(key)
+                    wanted.setdefault(key, {})[key] = key
 
     panels = {}
-    for title, curves in wanted.items():
-        for label, key in curves.items():
-            points = [(line["step"], line[key]) for line in lines if key in line]
-            if points:
-                panels.setdefault(title, {})[label] = smooth(points)
+    for title, metrics in wanted.items():
+        for metric, key in metrics.items():
+            for name, run in runs.items():
+                points = read_points(run.lines, key)
+                if points:
+                    panels.setdefault(title, []).append(Curve(name, metric, smooth(points)))
     return panels
+
+
+def read_points(lines: list[dict], key: str) -> list[tuple[int, float]]:
+    """Step and value wherever the log has a number under the key."""
+    points = []
+    for line in lines:
+        value = line.get(key)
+        if isinstance(value, (int, float)):
+            points.append((line["step"], value))
+    return points
 
 
 def smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -224,37 +347,76 @@ def smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
     return smoothed
 
 
-def plot(axes, title: str, curves: dict[str, list]) -> None:
-    """Draw one panel. Curves differ in line style too, so that colour is not needed to tell them apart."""
-    for number, (label, points) in enumerate(curves.items()):
-        steps = [step for step, _ in points]
-        values = [value for _, value in points]
-        axes.plot(
-            steps,
-            values,
-            label=label,
-            color=COLOURS[number % len(COLOURS)],
-            linestyle=LINE_STYLES[number % len(LINE_STYLES)],
-            marker="." if len(points) < 20 else None,
-        )
-    axes.set(title=title, xlabel="step", ylim=LIMITS.get(title))
-    axes.locator_params(axis="x", integer=True)
-    axes.grid(alpha=0.3)
-    if len(curves) > 1:
-        axes.legend(frameon=False)
+def look(run: int, metric: int, runs: list[str]) -> dict:
+    """How a curve is drawn. Runs differ in colour and marker, and metrics in line style.
+
+    If there is only one run, metrics differ in colour too. Colour is never needed to tell curves apart.
+    """
+    colour = metric if len(runs) == 1 else run
+    return {
+        "color": COLOURS[colour % len(COLOURS)],
+        "marker": MARKERS[run % len(MARKERS)],
+        "markersize": 4,
+        "linestyle": LINE_STYLES[metric % len(LINE_STYLES)],
+    }
 
 
-def panel_svg(title: str, curves: dict[str, list]) -> str:
+def legend_entries(runs: list[str], metrics: list[str]) -> dict[str, Line2D]:
+    """Each run and each metric once, which takes less room than each curve."""
+    entries = {}
+    if len(runs) > 1:
+        for number, run in enumerate(runs):
+            entries[run] = Line2D([], [], **look(number, 0, runs))
+    if len(metrics) > 1:
+        for number, metric in enumerate(metrics):
+            style = look(0, number, runs)
+            if len(runs) > 1:  # the line style alone
+                style |= {"color": "#777777", "marker": None}
+            entries[metric] = Line2D([], [], **style)
+    return entries
+
+
+def draw(panels: dict[str, list[Curve]], runs: list[str], width: float) -> Figure:
+    """Draw panels side by side, with one legend below them. The width is in inches."""
+    metrics = []
+    for curves in panels.values():
+        for curve in curves:
+            if curve.metric not in metrics:
+                metrics.append(curve.metric)
+    entries = legend_entries(runs, metrics)
+    is_short = all(len(label) < 28 for label in entries)
+    columns = 2 if is_short else 1
+    height = 3 + 0.2 * math.ceil(len(entries) / columns)
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, curves) in zip(all_axes, panels.items()):
+        for curve in curves:
+            steps = [step for step, _ in curve.points]
+            values = [value for _, value in curve.points]
+            style = look(runs.index(curve.run), metrics.index(curve.metric), runs)
+            axes.plot(steps, values, markevery=math.ceil(len(steps) / 20), **style)
+        axes.set(title=printable(title), xlabel="step", ylim=LIMITS.get(title))
+        axes.locator_params(axis="x", integer=True)
+        axes.grid(alpha=0.3)
+
+    labels = [printable(label) for label in entries]
+    place = {"loc": "outside lower center", "ncols": columns, "frameon": False}
+    if entries:
+        figure.legend(entries.values(), labels, **place)
+    return figure
+
+
+def panel_svg(title: str, curves: list[Curve], runs: list[str]) -> str:
     """A panel as SVG inside the page. It has the page's text colour, and its end points as a description."""
     # matplotlib does not know currentColor, so an unused colour stands in for it
     ink = "#010203"
-    settings = {"svg.fonttype": "none", "svg.hashsalt": title}
+    settings = PLAIN_TEXT | {"svg.fonttype": "none", "svg.hashsalt": title}
     for name in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"):
         settings[name] = ink
     file = io.StringIO()
     with rc_context(settings):
-        figure = Figure(figsize=(4.6, 3), layout="tight")
-        plot(figure.subplots(), title, curves)
+        figure = draw({title: curves}, runs, width=4.6)
         no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
     svg = file.getvalue().replace(ink, "currentColor")
@@ -262,21 +424,35 @@ def panel_svg(title: str, curves: dict[str, list]) -> str:
     _, _, svg = svg.partition("<svg")  # drop the XML declaration
 
     ends = []
-    for label, points in curves.items():
-        first_value = points[0][1]
-        last_value = points[-1][1]
+    for curve in curves:
+        label = f"{curve.run}, {curve.metric}" if len(runs) > 1 else curve.metric
+        first_value = curve.points[0][1]
+        last_value = curve.points[-1][1]
         ends.append(f"{label} from {first_value:.4g} to {last_value:.4g}")
     description = escape(f"{title}: {', '.join(ends)}")
     return f'<figure><svg role="img" aria-label="{description}"{svg}</figure>\n'
 
 
-def draw_picture(lines: list[dict], path: str) -> Figure:
+def curves_html(runs: dict[str, Run]) -> str:
+    """All panels."""
+    panels = find_panels(runs)
+    parts = ['<h2>Curves</h2>\n<div class="curves">']
+    for title, curves in panels.items():
+        parts.append(panel_svg(title, curves, list(runs)))
+    if not panels:
+        parts.append("No metrics yet.")
+    parts.append("</div>\n")
+    return "".join(parts)
+
+
+def draw_picture(runs: dict[str, Run], path: str) -> Figure:
     """Draw accuracy and KL side by side, as a picture file of any format that matplotlib writes."""
-    panels = find_panels(lines)
-    figure = Figure(figsize=(9, 3.2), layout="tight")
-    for axes, title in zip(figure.subplots(1, 2), ("accuracy", "KL to the reference")):
-        plot(axes, title, panels.get(title, {}))
-    with rc_context({"svg.hashsalt": "picture"}):
+    panels = find_panels(runs)
+    if not panels:
+        raise BadInput(f"{', '.join(runs)}: no metrics to draw")
+    shown = {title: panels.get(title, []) for title in ("accuracy", "KL to the reference")}
+    with rc_context(PLAIN_TEXT | {"svg.hashsalt": "picture"}):
+        figure = draw(shown, list(runs), width=9)
         figure.savefig(path, metadata={"Date": None})
     return figure
 
@@ -284,41 +460,54 @@ def draw_picture(lines: list[dict], path: str) -> Figure:
 # ---------------------------------------------------------------- a training run
 
 
-def run_page(folder: str, lines: list[dict], samples: list[dict]) -> str:
-    """The page of a run, from the lines of its metrics.jsonl and samples.jsonl."""
-    settings = read_settings(folder)
-    steps = str(sum("loss" in line for line in lines))
-    if settings.get("max_steps"):  # SFT has 0 if --epochs decides
-        steps += f" of {settings['max_steps']}"
-    is_finished = any(os.path.exists(os.path.join(folder, name)) for name in MODEL_FILES)
-    state = "finished" if is_finished else "not finished"
-    parts = [f"<p>Steps: {escape(steps)} ({state}).</p>\n"]
-
-    parts.append('<h2>Curves</h2>\n<div class="curves">')
-    panels = find_panels(lines)
-    for title, curves in panels.items():
-        parts.append(panel_svg(title, curves))
-    if not panels:
-        parts.append("No metrics yet.")
-    parts.append("</div>\n")
-
+def run_page(run: Run) -> str:
+    """The page of one run."""
+    parts = [f"<p>{escape(progress(run))}</p>\n"]
+    parts.append(curves_html({run.folder: run}))
+    samples = read_log(os.path.join(run.folder, "samples.jsonl"))
     if samples:
-        parts.append(groups_html(folder, samples))
+        parts.append(groups_html(run.folder, samples))
 
     parts.append("<h2>Settings</h2>\n")
-    if settings:
-        parts.append(table(list(settings.items())))
+    if run.settings:
+        parts.append(table(list(run.settings.items())))
     else:
-        parts.append("<p>They are written with the first checkpoint.</p>")
-    return page(folder, "".join(parts))
+        parts.append("<p>not recorded</p>")
+    parts.append("<h2>Code</h2>\n")
+    for code in run.code:
+        parts.append(f"<p>From step {escape(code.step)}: {code_line(run, code, run.folder)}</p>\n")
+        if code.patch:
+            parts.append(patch_html(code.patch_text))
+    if not run.code:
+        parts.append("<p>not recorded</p>")
+    return page(run.folder, "".join(parts))
 
 
-def read_settings(folder: str) -> dict:
-    """Settings of a run, from what it saved last; empty before the first checkpoint."""
-    paths = [*Path(folder).glob("checkpoint-*[0-9]/run.json"), *Path(folder).glob("run.json")]
-    if not paths:
-        return {}
-    return read_json(max(paths, key=os.path.getmtime))
+def code_line(run: Run, code: Code, page_folder: str) -> str:
+    """An entry of code.json in one line, with a link to its patch."""
+    facts = []
+    if code.commit:
+        facts.append(escape(f"commit {code.commit}"))
+        if not code.patch:
+            facts.append("no changes")
+    else:
+        facts.append("no git commit")
+    if code.patch:
+        patch = os.path.join(run.folder, code.patch)
+        facts.append("with changes: " + link(patch, code.patch, page_folder))
+    for package, version in code.versions.items():
+        facts.append(escape(f"{package} {version}"))
+    return ", ".join(facts)
+
+
+def patch_html(patch: str) -> str:
+    """The start of a patch, folded away."""
+    lines = patch.splitlines()
+    heading = f"the changes ({len(lines)} lines)"
+    if len(lines) > MAX_PATCH_LINES:
+        heading = f"the changes (the first {MAX_PATCH_LINES} of {len(lines)} lines)"
+    text = escape("\n".join(lines[:MAX_PATCH_LINES]))
+    return f"<details><summary>{heading}</summary><pre>{text}</pre></details>\n"
 
 
 def groups_html(folder: str, samples: list[dict]) -> str:
@@ -370,6 +559,75 @@ def group_html(row: dict) -> str:
     return "".join(parts)
 
 
+# ---------------------------------------------------------------- several runs
+
+
+def comparison_page(runs: dict[str, Run], page_folder: str) -> str:
+    """The page of several runs, by name: their curves, and how their settings and code differ."""
+    parts = ["<ul>"]
+    for name, run in runs.items():
+        report = os.path.join(run.folder, "report.html")
+        text = escape(f"{name}: {progress(run)}")
+        if os.path.exists(report):
+            text += ", " + link(report, "its report", page_folder)
+        parts.append(f"<li>{text}</li>\n")
+    parts.append("</ul>\n")
+    parts.append(curves_html(runs))
+    parts.append(different_settings(runs))
+    parts.append(different_code(runs, page_folder))
+    return page(", ".join(runs), "".join(parts))
+
+
+def different_settings(runs: dict[str, Run]) -> str:
+    """A table of the settings that differ, except the output folder."""
+    parts = ["<h2>Settings that differ</h2>\n"]
+    recorded = {name: run.settings for name, run in runs.items() if run.settings}
+    missing = [name for name in runs if name not in recorded]
+    if missing:
+        parts.append(f"<p>not recorded: {escape(', '.join(missing))}</p>\n")
+
+    keys = {}  # in the order of run.json
+    for settings in recorded.values():
+        keys |= settings
+    rows = []
+    for key in keys:
+        values = [settings.get(key, "(has none)") for settings in recorded.values()]
+        if key != "output" and any(value != values[0] for value in values):
+            rows.append((key, *values))
+    if rows:
+        parts.append(f'<div class="scroll">{table(rows, list(recorded))}</div>\n')
+    elif len(recorded) > 1:
+        parts.append("<p>none</p>\n")
+    return "".join(parts)
+
+
+def different_code(runs: dict[str, Run], page_folder: str) -> str:
+    """Whether the runs ended with the same code, and the code of each."""
+    codes = set()
+    is_known = True
+    lines = []
+    for name, run in runs.items():
+        if not run.code:
+            is_known = False
+            lines.append(f"<li>{escape(name)}: not recorded</li>\n")
+            continue
+        last = run.code[-1]
+        if last.commit:
+            codes.add((last.commit, last.patch_text))
+        else:
+            is_known = False
+        since = f" (since step {last.step})" if len(run.code) > 1 else ""
+        lines.append(f"<li>{escape(name + since)}: {code_line(run, last, page_folder)}</li>\n")
+
+    if len(codes) > 1:
+        verdict = "The code differs."
+    elif is_known:
+        verdict = "The code is the same."
+    else:
+        verdict = "The code may differ: not every run recorded a commit."
+    return f"<h2>Code</h2>\n<p>{verdict}</p>\n<ul>{''.join(lines)}</ul>\n"
+
+
 # ---------------------------------------------------------------- evaluations
 
 
@@ -402,20 +660,22 @@ def evaluation_page(folder: str, audio_dir: str) -> str:
 
 
 def changes_page(first_folder: str, second_folder: str, audio_dir: str) -> str:
-    """The page of two evaluations: both accuracies, and the questions with different answers."""
+    """The page of two evaluations, on the questions that both have: accuracies, and answers that changed."""
     first_path = os.path.join(first_folder, "predictions.json")
     first = read_marks(first_path)
     second = read_marks(os.path.join(second_folder, "predictions.json"))
-    if first.keys() != second.keys():
-        raise BadInput(f"does not have the same questions as {first_folder}")
+    shared = [question for question in first if question in second]
+    if not shared:
+        raise BadInput(f"has no question in common with {first_folder}")
     first_results = read_json(os.path.join(first_folder, "results.json"))
     second_results = read_json(os.path.join(second_folder, "results.json"))
     audio_dir = audio_dir or recorded_audio_dir(second_results)
 
     items = []
     pairs = []  # right before, right after
-    for key, (row, before) in first.items():
-        new_row, after = second[key]
+    for question in shared:
+        row, before = first[question]
+        new_row, after = second[question]
         if before is not None:
             pairs.append((before, after))
         if before != after:
@@ -433,8 +693,13 @@ def changes_page(first_folder: str, second_folder: str, audio_dir: str) -> str:
         rows.append((second_folder, f"{fmean(after for _, after in pairs):.1%}"))
         d, low, high, p = paired_difference(pairs)
         rows.append(("difference", f"{d:+.1%} ({low:+.1%} to {high:+.1%}), McNemar p {p:.2g}"))
-    changed = f"<p>{len(items)} of {len(first)} answers changed.</p>\n"
-    content = accuracy_html(rows) + changed + items_html(items, second_folder)
+    counts = f"<p>{len(items)} of {len(shared)} answers changed."
+    only_first = len(first) - len(shared)
+    only_second = len(second) - len(shared)
+    if only_first or only_second:
+        counts += f" {len(shared)} questions are in both evaluations and are compared;"
+        counts += f" {only_first} are only in the first, {only_second} only in the second."
+    content = accuracy_html(rows) + counts + "</p>\n" + items_html(items, second_folder)
 
     facts = []
     for name, value in second_results.items():
@@ -543,41 +808,59 @@ def properties(item: Item) -> dict[str, str]:
 # ---------------------------------------------------------------- command line
 
 
+def kind_of(folder: str) -> str:
+    """What a folder is: a run or an evaluation. Raises BadInput if it is neither."""
+    for name in ("metrics.jsonl", "samples.jsonl"):  # a run writes samples first
+        if os.path.exists(os.path.join(folder, name)):
+            return "run"
+    if os.path.exists(os.path.join(folder, "predictions.json")):
+        return "evaluation"
+    raise BadInput(f"{folder}: neither a run (metrics.jsonl) nor an evaluation (predictions.json)")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tools.report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folders", nargs="+", help="a training run, an evaluation, or two evaluations")
+    parser.add_argument("folders", nargs="+", help="one or more training runs, or one or two evaluations")
     parser.add_argument("--audio_dir", default="", help="folder of an evaluation's clips, if they have moved")
-    parser.add_argument("--picture", default="", help="file for a picture of a run's accuracy and KL")
+    parser.add_argument("--picture", default="", help="file for a picture of the runs' accuracy and KL")
     flags = parser.parse_args()
 
-    folder = flags.folders[-1]
-    lines = read_log(os.path.join(folder, "metrics.jsonl"))
-    samples = read_log(os.path.join(folder, "samples.jsonl"))
-    is_run = bool(lines or samples)
-    is_evaluation = os.path.exists(os.path.join(folder, "predictions.json"))
+    folders = flags.folders
+    last = folders[-1]
+    kinds = [kind_of(folder) for folder in folders]
+    if "run" in kinds and "evaluation" in kinds:
+        run = folders[kinds.index("run")]
+        evaluation = folders[kinds.index("evaluation")]
+        raise BadInput(f"{run} is a run and {evaluation} an evaluation: they cannot share a page")
+    if kinds.count("evaluation") > 2:
+        raise BadInput(f"two evaluations can be compared, not {len(kinds)}")
+    if flags.picture and "evaluation" in kinds:
+        raise BadInput(f"--picture {flags.picture}: only runs have curves, and {last} is an evaluation")
 
-    name = "report.html"
-    with located(folder):
-        if len(flags.folders) == 1 and is_run:
-            content = run_page(folder, lines, samples)
-        elif len(flags.folders) == 1 and is_evaluation:
-            content = evaluation_page(folder, flags.audio_dir)
-        elif len(flags.folders) == 2 and is_evaluation:
-            content = changes_page(*flags.folders, flags.audio_dir)
-            name = "changed.html"
+    if "run" in kinds:
+        runs = read_runs(folders)
+        if flags.picture:
+            with located(f"--picture {flags.picture}"):
+                draw_picture(runs, flags.picture)
+    with located(last):
+        if kinds == ["run"]:
+            name = "report.html"
+            content = run_page(*runs.values())
+        elif "run" in kinds:
+            name = "compared.html"
+            content = comparison_page(runs, last)
+        elif kinds == ["evaluation"]:
+            name = "report.html"
+            content = evaluation_page(last, flags.audio_dir)
         else:
-            raise BadInput("neither a run (metrics.jsonl) nor one or two evaluations (predictions.json)")
-    if flags.picture:
-        with located(f"--picture {flags.picture}"):
-            if not lines:
-                raise BadInput(f"{folder} has no metrics.jsonl to draw")
-            draw_picture(lines, flags.picture)
+            name = "changed.html"
+            content = changes_page(*folders, flags.audio_dir)
 
-    target = os.path.join(folder, name)
+    target = os.path.join(last, name)
     write_atomically(target, content)
     say(f"the page is {target}")
 
