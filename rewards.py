@@ -169,7 +169,13 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
 
 
 def mcnemar_p(b: int, c: int) -> float:
-    """Exact two-sided p-value if one model alone is right on b rows, the other on c (McNemar 1947)."""
+    """Two-sided p-value if one model alone is right on b rows, the other on c (McNemar 1947).
+
+    Exact up to 1,000 such rows; above, the normal approximation with continuity correction (Edwards 1948).
+    """
+    if b + c > 1000:
+        z = max(0, abs(b - c) - 1) / math.sqrt(b + c)
+        return math.erfc(z / math.sqrt(2))
     return min(1.0, 2 * sum(math.comb(b + c, k) for k in range(min(b, c) + 1)) / 2 ** (b + c))
 
 

@@ -1,5 +1,8 @@
 """Rewards, the benchmark's rule and statistics, against values by hand, from papers, or by simulation."""
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 
@@ -157,6 +160,12 @@ def test_mcnemar_p_values_are_the_published_ones():
     assert mcnemar_p(5, 0) == 0.0625
     assert mcnemar_p(0, 0) == mcnemar_p(3, 3) == 1
     assert 0 <= mcnemar_p(600, 9000) < 1e-300
+
+
+@pytest.mark.parametrize("b", [440, 470, 500, 501])
+def test_many_rows_are_compared_by_the_normal_approximation(b):
+    exact = 2 * sum(Fraction(math.comb(1001, k), 2**1001) for k in range(min(b, 1001 - b) + 1))
+    assert mcnemar_p(b, 1001 - b) == pytest.approx(min(1, float(exact)), rel=0.02)
 
 
 def test_the_paired_interval_contains_the_difference_in_95_of_100_samples():
