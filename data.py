@@ -263,6 +263,10 @@ class AudioStream(soundfile.SoundFile):
         self.source = source
         super().__init__(source)
 
+    def close(self) -> None:
+        super().close()
+        self.source.close()
+
     def seekable(self) -> bool:
         return False  # otherwise soundfile would stop where the header says
 
