@@ -37,8 +37,9 @@ def run_main(main) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # the terminal may lack a character of the data
 
-    # `accelerate launch` sets one thread per process, which leaves the other cores idle
-    if not torch.cuda.is_available() and torch.get_num_threads() == 1:
+    # `accelerate launch` sets one thread per process, which leaves the other cores idle. With a GPU, too:
+    # loading, checking and hashing the weights is the CPU's work, and so are the features of the audio
+    if torch.get_num_threads() == 1:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(max(1, os.cpu_count() // processes))
 

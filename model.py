@@ -146,7 +146,11 @@ def check_tokenizer(processor, model) -> None:
 def check_finite(named_weights) -> None:
     """Raise BadInput if one of the (name, tensor) pairs contains nan or inf."""
     for name, weight in named_weights:
-        if not weight.isfinite().all():
+        if not weight.is_floating_point() or weight.numel() == 0:
+            continue
+        # one pass without copies, on 8 G values a minute faster than isfinite().all(); nan is passed on
+        smallest, largest = weight.aminmax()
+        if not (smallest.isfinite() and largest.isfinite()):
             raise BadInput(f"{name} has values that are nan or inf")
 
 

@@ -257,6 +257,10 @@ def add_nan(weights):
     weights[layer_of(weights)][3, 4] = torch.nan
 
 
+def add_negative_infinity(weights):
+    weights[layer_of(weights)][-1, -1] = -torch.inf
+
+
 def add_layer(weights):
     weights["more"] = torch.ones(1)
 
@@ -268,6 +272,7 @@ BAD_MODELS = {
     "a layer too many": (change_weights(add_layer), "1 unexpected keys, first more"),
     "another shape": (change_weights(shorten_layer), "RuntimeError|1 mismatched keys"),
     "nan": (change_weights(add_nan), f"{LAYER} has values that are nan or inf"),
+    "-inf": (change_weights(add_negative_infinity), f"{LAYER} has values that are nan or inf"),
     "truncated weights": (lambda folder: os.truncate(folder / "model.safetensors", 1000), "Error: "),
     "no weights": (remove("model.safetensors"), "OSError: "),
     "no tokenizer": (remove("tokenizer.json"), r"the tokenizer \(\d+ tokens\) cannot spell"),

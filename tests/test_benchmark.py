@@ -79,6 +79,26 @@ def test_numbers_reach_the_table_and_the_file(measured, tmp_path, monkeypatch, c
     assert f"decoding: {found['seconds_a_token']:.4f} s per token" in out
 
 
+def test_what_was_measured_before_a_failure_is_written(measured, tmp_path, monkeypatch):
+    def fail(*args):
+        raise MemoryError("a training step does not fit")
+
+    monkeypatch.setattr(benchmark, "SETTINGS", [TINY, TINY])
+    monkeypatch.setattr(benchmark, "compare", lambda model, *setting: measured)
+    monkeypatch.setattr(benchmark, "measure_step", fail)
+    with pytest.raises(MemoryError):
+        benchmark.measure(benchmark.Config(json=str(tmp_path / "found.json")))
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found["settings"]) == 2 and found["seconds_a_token"] > 0 and "steps" not in found
+
+
+def test_freed_weights_are_gone():
+    model = benchmark.make_model("small")
+    model.lm_head.weight.grad = torch.zeros_like(model.lm_head.weight)
+    benchmark.free(model)
+    assert all(p.is_meta and p.grad is None for p in model.parameters())
+
+
 def test_arithmetic_gives_the_sums_made_by_hand(monkeypatch, capsys):
     """For one GPU and n parameters of 2 bytes in bf16."""
     n = sum(p.numel() for p in benchmark.make_model("7b", "meta").parameters())

@@ -1,5 +1,6 @@
 """What only a GPU can show: `pytest -m gpu`. The other tests hide GPUs and run on the CPU anywhere."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -39,12 +40,17 @@ def make_group(model, lengths, P):
 # ---------------------------------------------------------------- the model
 
 
-@pytest.mark.parametrize(
-    "dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)], ids=["fp32", "bf16"]
-)
+@pytest.fixture
+def exact_fp32(monkeypatch):
+    """fp32 without TF32, which convolutions use by default: the two ways would differ by its rounding."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
 @pytest.mark.parametrize("total", [192, 193, 200, 256, 320])  # 192 and 320 are 64 modulo 128
-def test_shared_equals_repeated_with_gradients(dtype, tolerance, total):
-    model = benchmark.make_model("small", "cuda", dtype)
+def test_shared_equals_repeated_with_gradients(exact_fp32, total):
+    """In fp32. In bf16 the repeated way is no truth either: both are compared with fp32."""
+    model = benchmark.make_model("small", "cuda", torch.float32)
     lengths = [10, 16, 12, 14]
     inputs, ids, mask = make_group(model, lengths, total - sum(lengths))
 
@@ -53,18 +59,25 @@ def test_shared_equals_repeated_with_gradients(dtype, tolerance, total):
         logps = way(model, inputs, ids, mask, 1.0)
         logps.sum().backward()
         gradients = {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
-        return logps.detach(), gradients
+        return logps.detach().float(), gradients
 
-    shared, shared_gradients = logps_and_gradients(shared_prompt_logps)
+    truth, true_gradients = logps_and_gradients(repeated_logps)
+    shared, gradients = logps_and_gradients(shared_prompt_logps)
+    assert (shared - truth).abs().max() < 1e-4
+    for name, gradient in true_gradients.items():
+        assert (gradients[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-3, name
+
+    model.to(torch.bfloat16)
     repeated, repeated_gradients = logps_and_gradients(repeated_logps)
-    assert (shared - repeated).abs().max() < tolerance
-    for name, gradient in repeated_gradients.items():
-        assert shared_gradients[name].isfinite().all(), name
-        difference = (shared_gradients[name] - gradient).norm()
-        assert difference <= tolerance * gradient.norm() + 1e-3, name
+    shared, gradients = logps_and_gradients(shared_prompt_logps)
+    assert (shared - truth).abs().max() < 2 * (repeated - truth).abs().max() + 0.01
+    for name, gradient in true_gradients.items():
+        error = (gradients[name] - gradient).norm()
+        repeated_error = (repeated_gradients[name] - gradient).norm()
+        assert error <= 2 * repeated_error + 0.02 * gradient.norm() + 1e-3, name  # nan is not
 
 
-def test_first_tokens_follow_the_softmax(on_gpu, examples):
+def test_first_tokens_follow_the_softmax(on_gpu, exact_fp32, examples):
     model, processor = on_gpu
     inputs = to_gpu(inputs_of(processor, examples[:1]))
     N = 20_000
@@ -76,13 +89,28 @@ def test_first_tokens_follow_the_softmax(on_gpu, examples):
     assert ((frequencies - p).abs() <= 5 * deviation + 1e-9).all()
 
 
-def test_greedy_equals_the_models_own_generate(on_gpu, examples):
+def test_greedy_equals_the_models_own_generate(on_gpu, exact_fp32, examples):
     model, processor = on_gpu
     inputs = to_gpu(inputs_of(processor, examples[3:7]))
     ids, _ = sample(model, inputs, [0], 12)
     plain = dict(do_sample=False, temperature=None, top_p=None, top_k=None, repetition_penalty=1.0)
     theirs = model.generate(**inputs, max_new_tokens=12, eos_token_id=[0], pad_token_id=0, **plain)
     assert torch.equal(ids[:, 0], theirs[:, inputs["input_ids"].shape[1] :])
+
+
+def test_the_benchmarks_process_leaves_the_memory_to_the_next():
+    """But for CUDA's own and cuBLAS's workspaces, which torch keeps until a process ends."""
+    warm = torch.ones(8, 8, device="cuda")
+    warm @ warm
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    model = benchmark.make_model("small", "cuda", torch.float32)
+    inputs, ids, mask = make_group(model, [10, 16, 12, 14], 200)
+    shared_prompt_logps(model, inputs, ids, mask, 1.0).sum().backward()
+    weights = torch.cuda.memory_allocated()
+    benchmark.free(model)
+    assert torch.cuda.memory_reserved() - before < min(64e6, weights / 2)
 
 
 def test_new_shapes_take_no_extra_time():
@@ -99,7 +127,7 @@ def test_new_shapes_take_no_extra_time():
         torch.cuda.synchronize()
         return time.perf_counter() - started
 
-    seconds([300] * 5)  # warm-up
+    seconds(range(200, 250))  # warm-up, with shapes that are not measured
     same = seconds([300] * 50)
     changing = seconds(range(275, 325))
     assert changing < 1.5 * same, (changing, same)
@@ -117,7 +145,8 @@ def train_in_process(script, settings, **environment):
 
 
 def test_two_steps_equal_those_on_the_cpu_up_to_rounding(folder, tmp_path):
-    for name, environment in (("gpu", {}), ("cpu", {"ACCELERATE_USE_CPU": "true"})):
+    no_tf32 = {"NVIDIA_TF32_OVERRIDE": "0"}
+    for name, environment in (("gpu", no_tf32), ("cpu", {"ACCELERATE_USE_CPU": "true"})):
         train_in_process("train_grpo", config("train_grpo", folder, tmp_path / name, lr=1e-4), **environment)
     for gpu_line, cpu_line in zip(metrics(tmp_path / "gpu"), metrics(tmp_path / "cpu"), strict=True):
         for name in ("reward", "completion_tokens", "loss", "kl", "grad_norm"):
@@ -145,5 +174,8 @@ def test_fsdp2_with_one_process_trains_saves_and_resumes(folder, tmp_path):
     (tmp_path / "run" / "checkpoint-4").rename(tmp_path / "moved")
     assert len(list_states(str(tmp_path / "run"))) == 1
     subprocess.run([*command, *as_flags(settings), "--resume=True"], check=True)
-    for before, after in zip(uninterrupted, metrics(tmp_path / "run"), strict=True):
-        assert before["grad_norm"] == pytest.approx(after["grad_norm"], rel=0.05)
+    resumed = metrics(tmp_path / "run")
+    assert [line["step"] for line in resumed] == [0, 1, 2, 3]
+    # on a GPU a gather's backward adds in any order, so only the first loss after resuming is the same
+    assert resumed[2]["loss"] == pytest.approx(uninterrupted[2]["loss"], abs=1e-6)
+    assert resumed[3]["loss"] == pytest.approx(uninterrupted[3]["loss"], abs=5e-3)

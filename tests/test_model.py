@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 import model as model_module
 from cli import BadInput
 from data import decode, select_rows
-from model import Policy, additive_mask, draw, embed_prompt, encode_audio, end_of_turn, eos_tokens
-from model import load_model, repeated_logps, sample, sampling_noise, shared_prompt_logps
+from model import Policy, additive_mask, check_finite, draw, embed_prompt, encode_audio, end_of_turn
+from model import eos_tokens, load_model, repeated_logps, sample, sampling_noise, shared_prompt_logps
 
 GROUPS = {
     "unequal lengths": [[3, 7, 1, 5]],
@@ -396,6 +396,18 @@ def test_segments_are_expandable_unless_the_user_says_otherwise(own):
     done = subprocess.run(command, cwd=ROOT, env=clean | own, capture_output=True, text=True, check=True)
     expected = own or {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     assert done.stdout.strip() == str([expected.get(name) for name in names])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("place", [0, 5000, 9999])
+def test_one_bad_weight_is_found_wherever_it_is(dtype, value, place):
+    weight = torch.randn(100, 100, generator=torch.Generator().manual_seed(0)).to(dtype)
+    others = {"empty": torch.empty(0, 3), "scalar": torch.tensor(2.0), "count": torch.tensor([7])}
+    check_finite([*others.items(), ("layer", weight), ("transposed", weight.T)])
+    weight.view(-1)[place] = value
+    with pytest.raises(BadInput, match="^layer has values that are nan or inf$"):
+        check_finite([*others.items(), ("layer", weight)])
 
 
 @pytest.mark.parametrize("keys", [1, 7, 8, 13])

@@ -162,7 +162,8 @@ def test_a_script_runs_alone_shares_the_cores_and_leaves_a_log(tmp_path, monkeyp
     script.write_text(
         f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "os.cpu_count = lambda: 12\n"
-        "import torch; from cli import BadInput, run_main\n"
+        "import torch; torch.cuda.is_available = lambda: True\n"  # with a GPU as without one
+        "from cli import BadInput, run_main\n"
         "def main(): raise BadInput(f\"{torch.get_num_threads()} threads, rank {os.environ.get('RANK')}\")\n"
         "run_main(main)\n"
     )

@@ -10,6 +10,7 @@ num_return_sequences), rows are padded, and every position gets logits. The smal
 encoder, prompt and completions have the same shares of the cost as at full size; the output gives the shares.
 """
 
+import gc
 import json
 import os
 import statistics
@@ -29,7 +30,7 @@ from transformers.hf_argparser import HfArg
 
 import toy
 from cli import BadInput, parse, run_main
-from data import SAMPLE_RATE
+from data import SAMPLE_RATE, write_atomically
 from model import repeated_logps, sample, shared_prompt_logps
 from training import now
 
@@ -228,6 +229,16 @@ def compare(model, G: int, clip_seconds: int, completion_tokens: tuple[int, int]
     return found
 
 
+def free(model) -> None:
+    """Drop a model's weights and gradients, and return what torch keeps cached of the GPU's memory."""
+    for p in model.parameters():
+        p.grad = None
+    model.to("meta")
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def update_seconds(model, G: int, completion_tokens: tuple[int, int], repeats: int = 3) -> float:
     """Median seconds of forward and backward of one group with a 10 s clip, with a shared prompt."""
     inputs, ids, mask = make_group(model, 1, G, 10, completion_tokens)
@@ -261,7 +272,7 @@ def measure_step(model, micro_batch: int, prompts: int = 16, prompt="answer", to
         processor.save_pretrained(f"{folder}/model")
         model.config.audio_token_id = processor.tokenizer.convert_tokens_to_ids(processor.audio_token)
         model.save_pretrained(f"{folder}/model")
-        model.to("meta")
+        free(model)  # train_grpo.py, a process of its own, needs the memory
 
         with open(f"{folder}/train.jsonl", "w") as file:
             for i in range(prompts):
@@ -320,8 +331,8 @@ def matrix_rate(device, dtype) -> float:
     return 2 * n**3 / statistics.median(times[2:])  # the first two are the warm-up
 
 
-def measure(config: Config) -> dict:
-    """Everything that is measured, as it goes to --json; prints it on the way."""
+def measure(config: Config) -> None:
+    """Measure everything, print it, and write --json after each part: what is measured is not lost."""
     is_real = config.size == "7b"
     model = make_model("7b", "cuda", torch.bfloat16) if is_real else make_model("small")
     device = torch.cuda.get_device_name() if is_real else f"CPU, {torch.get_num_threads()} threads"
@@ -329,11 +340,14 @@ def measure(config: Config) -> dict:
     show_shares(needed_flops(model, 8, 10, 13, frames=1500))  # the model's own forward always takes 30 s
 
     settings = SETTINGS + [GROWTH_SETTING] if config.growth else SETTINGS
-    found = {"size": config.size, "device": device}
-    found["settings"] = [compare(model, *setting) for setting in settings]
+    found = {"size": config.size, "device": device, "settings": []}
+    for setting in settings:
+        found["settings"].append(compare(model, *setting))
+        write_found(config, found)
     show_settings(found["settings"])
     if config.growth:
         found["growth"] = measure_growth(model)
+        write_found(config, found)
         show_growth(found["growth"])
 
     first = found["settings"][0]
@@ -345,15 +359,23 @@ def measure(config: Config) -> dict:
     found["update_share"] = flops / times["update"]["shared"] / rate
     decoding = times["sample"]["shared"] - times["prefill"]["shared"]
     found["seconds_a_token"] = decoding / (first["completion_tokens"][1] - 1)
+    write_found(config, found)
     show_rates(found)
 
     found["steps"] = [measure_step(model, config.micro_batch)]
+    write_found(config, found)
+    show_step(found["steps"][0])
     if is_real:  # long completions, too: the small model is not worth the time
         model = make_model("7b", "cuda", torch.bfloat16)
         found["steps"].append(measure_step(model, 1, prompt="think", tokens=256))
-    for step in found["steps"]:
-        show_step(step)
-    return found
+        write_found(config, found)
+        show_step(found["steps"][1])
+
+
+def write_found(config: Config, found: dict) -> None:
+    """Write the numbers so far to --json."""
+    if config.json:
+        write_atomically(config.json, json.dumps(found, indent=2) + "\n")
 
 
 # ---------------------------------------------------------------- printing
@@ -507,9 +529,7 @@ def main() -> None:
         return show_arithmetic()
     if config.size == "7b" and not torch.cuda.is_available():
         raise BadInput("--size 7b needs a CUDA GPU, but there is none")
-    found = measure(config)
-    if config.json:
-        Path(config.json).write_text(json.dumps(found, indent=2) + "\n")
+    measure(config)
 
 
 if __name__ == "__main__":
