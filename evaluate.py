@@ -46,6 +46,7 @@ class Config:
     decoding: str = HfArg(default="greedy", help="greedy; or model: sample as generation_config.json says")
     silence: bool = HfArg(default=False, help="replace every clip by silence: what the text alone gives away")
     batch_size: int = HfArg(default=16, help="questions per forward pass")
+    load_in_4bit: bool = HfArg(default=False, help="keep the model in 4 bits, as QLoRA's training did")
     max_new_tokens: int = HfArg(default=256, help="maximum length of an answer")
     limit: int = HfArg(default=0, help="answer only the first so many questions; 0: all")
     seed: int = HfArg(default=42, help="seed for --decoding model")
@@ -176,6 +177,13 @@ def prompt_of(config: Config, model: str) -> str:
     return prompt
 
 
+def four_bit_dtype(config: Config, device: torch.device) -> torch.dtype | None:
+    """The dtype to compute with 4-bit weights in; None without --load_in_4bit."""
+    if not config.load_in_4bit:
+        return None
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def ask(config: Config) -> None:
     """Answer one question about one clip on the terminal."""
     row = {"audio": config.ask, "question": config.question, "choices": config.choices}
@@ -183,8 +191,9 @@ def ask(config: Config) -> None:
         example = replace(to_example(row, "--ask", ""), audio=config.ask)
         load_audio(example.audio)  # before the model is loaded
     prompt = prompt_of(config, config.model)
-    model, processor = load_model(config.model)
-    model.to(Accelerator().device).eval()
+    device = Accelerator().device
+    model, processor = load_model(config.model, four_bit_dtype=four_bit_dtype(config, device))
+    model.to(device).eval()
     questions = read_questions(processor, [example], prompt, config.silence)
     (prediction,) = answer(model, processor, questions, config.max_new_tokens, config.decoding)
     if prediction.error:
@@ -206,7 +215,7 @@ def evaluate(config: Config, accelerator, examples: list[Example], digest: str, 
     prompt = prompt_of(config, path)
     lock = lock_folder(folder) if accelerator.is_main_process else None  # noqa: F841, held to the end
     accelerator.wait_for_everyone()
-    model, processor = load_model(path)
+    model, processor = load_model(path, four_bit_dtype=four_bit_dtype(config, accelerator.device))
     model.to(accelerator.device).eval()
     predictions = predict(config, accelerator, model, processor, examples, prompt)
 
@@ -246,7 +255,7 @@ def evaluate(config: Config, accelerator, examples: list[Example], digest: str, 
 
 def comparable_settings(config: Config, prompt: str, digest: str) -> dict:
     """The settings that two results must share to be comparable."""
-    names = ("decoding", "silence", "max_new_tokens", "limit", "seed")
+    names = ("decoding", "silence", "max_new_tokens", "limit", "seed", "load_in_4bit")
     settings = {"prompt": prompt, **{name: getattr(config, name) for name in names}}
     # absolute, so that tools.report finds the clips from any folder
     settings["audio_dir"] = os.path.abspath(config.audio_dir or os.path.dirname(config.data))

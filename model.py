@@ -6,6 +6,7 @@ once per group. `repeated_logps` gives the same numbers in the plain, slow way, 
 
 import base64
 import hashlib
+import importlib.util
 import inspect
 import io
 import json
@@ -55,15 +56,16 @@ FAMILIES = {
 # ---------------------------------------------------------------- loading
 
 
-def load_model(path: str, dtype="auto"):
+def load_model(path: str, dtype="auto", four_bit_dtype=None):
     """A model, whose class comes from its config, and its processor; adapters are loaded onto their base.
 
     The model is exactly the one that was saved: every weight found, finite and used, and a tokenizer that
-    fits. Anything else raises BadInput.
+    fits. Anything else raises BadInput. With a four_bit_dtype the matrices of the language model are stored
+    in 4 bits and computed with in this dtype (see four_bit_settings).
     """
     if base := base_of_adapters(path):
         with located(f"{path}: the base of these adapters", BadInput):
-            model, processor = load_model(base, dtype)
+            model, processor = load_model(base, dtype, four_bit_dtype)
         with located(path):
             add_saved_adapters(model, path)
         return model, processor
@@ -71,9 +73,10 @@ def load_model(path: str, dtype="auto"):
     processor = load_processor(path)
     with located(path):
         model_class = getattr(transformers, f"{family(path)}ForConditionalGeneration")
+        settings = NO_CODE | (four_bit_settings(four_bit_dtype) if four_bit_dtype else {})
         # sdpa takes the masks of shared_prompt_logps; eager attention would misread them
         model, report = model_class.from_pretrained(
-            path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **NO_CODE
+            path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **settings
         )
         for kind in ("missing", "unexpected", "mismatched"):
             names = sorted(map(str, report[f"{kind}_keys"]))
@@ -81,7 +84,30 @@ def load_model(path: str, dtype="auto"):
                 raise BadInput(f"the weights do not fit: {len(names)} {kind} keys, first {names[0]}")
         check_finite(model.named_parameters())
         check_tokenizer(processor, model)
+        for module in model.modules():
+            # on a CPU bitsandbytes would pack a layer's weights at its first use in eval mode: a packed layer
+            # passes no gradient on, and its hash is another
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     return model, processor
+
+
+def four_bit_settings(compute_dtype: torch.dtype) -> dict:
+    """What from_pretrained takes to store the language model's matrices in 4 bits, as QLoRA does.
+
+    Everything else stays as it is: audio encoder, projector, embeddings, LM head, and stacked experts.
+    """
+    if not importlib.util.find_spec("bitsandbytes"):
+        raise BadInput("--load_in_4bit needs bitsandbytes: pip install bitsandbytes")
+    others = ["lm_head", "model.audio_tower", "model.multi_modal_projector", "model.visual"]
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=others,
+    )
+    return {"quantization_config": config}
 
 
 def family(path: str) -> str:
@@ -170,7 +196,10 @@ def add_saved_adapters(model, path: str):
     settings = os.path.join(path, "run.json")
     if os.path.exists(settings):
         with open(settings) as file:
-            base_hash = json.load(file).get("base_hash")
+            settings = json.load(file)
+        # a hash of 4-bit weights says nothing about others: adapters may move between such bases unchecked
+        is_comparable = settings.get("load_in_4bit", False) == getattr(model, "is_quantized", False)
+        base_hash = settings.get("base_hash") if is_comparable else None
         if base_hash not in (None, weights_hash(model)):
             raise BadInput("the base model does not have the weights that these adapters were trained on")
     adapters = PeftModel.from_pretrained(model, path)
@@ -183,7 +212,10 @@ def add_saved_adapters(model, path: str):
 
 
 def weights_hash(model) -> str:
-    """A short hash of the weights: the same for the same values, in bf16 as in fp32, on any device."""
+    """A short hash of the weights: the same for the same values, in bf16 as in fp32, on any device.
+
+    Of a model in 4 bits it is the hash of what was loaded, the 4-bit codes, and not that of the plain model.
+    """
     hashes = {}
     for name, p in model.named_parameters():
         hashes[name] = torch.hash_tensor(p.detach().float()).view(torch.int64)
@@ -240,7 +272,10 @@ def load_policy(config, accelerator: Accelerator):
     if base_of_adapters(config.model):
         raise BadInput(f"{config.model}: contains LoRA adapters; merge them first (python checkpoints.py)")
     # fp32: at a learning rate of 1e-6, bf16 weights would swallow the updates. LoRA's base is not trained
-    model, processor = load_model(config.model, "auto" if config.lora_rank else torch.float32)
+    four_bit_dtype = None
+    if config.load_in_4bit:
+        four_bit_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    model, processor = load_model(config.model, "auto" if config.lora_rank else torch.float32, four_bit_dtype)
     base_hash = weights_hash(model)
     if config.lora_rank:
         freeze(model, accelerator)
@@ -264,13 +299,18 @@ def load_reference(config, accelerator: Accelerator):
 
 
 def freeze(model, accelerator: Accelerator) -> None:
-    """Freeze all weights. Under bf16, matrices become bf16, as autocast would compute; the rest is fp32."""
+    """Freeze all weights. Under bf16, matrices become bf16, as autocast would compute; the rest is fp32.
+
+    Weights in 4 bits stay as they are.
+    """
     seen = set()
     for module in model.modules():
         parameters = list(module.parameters(recurse=False))
         # matrices of linear layers, and what convolutions and stacked experts have
         is_matrix = isinstance(module, nn.Linear) or any(p.ndim > 2 for p in parameters)
         for p in parameters:
+            if not p.is_floating_point():
+                continue
             if p not in seen:  # an LM head may share the embedding table, which comes first
                 bf16 = is_matrix and accelerator.mixed_precision == "bf16"
                 p.data = p.data.to(torch.bfloat16 if bf16 else torch.float32)

@@ -63,6 +63,7 @@ class TrainConfig:
     lora_rank: int = HfArg(default=0, help="train adapters of this rank in all linear layers (LoRA); 0: none")
     lora_alpha: float = HfArg(default=32.0, help="the adapters' output is multiplied by alpha / rank")
     lora_dropout: float = HfArg(default=0.0, help="before the adapters, in updates only")
+    load_in_4bit: bool = HfArg(default=False, help="LoRA: keep the base in 4 bits (needs bitsandbytes)")
     merge: bool = HfArg(default=False, help="LoRA: also write the merged final model, to merged in --output")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, more time")
     log_with: str = HfArg(default="", help="tensorboard or wandb, in addition to metrics.jsonl")
@@ -81,6 +82,8 @@ def check_settings(config: TrainConfig, processes: int) -> None:
         raise BadInput(f"--lora_dropout must be at least 0 and below 1, not {config.lora_dropout}")
     if config.merge and not config.lora_rank:
         raise BadInput("--merge needs LoRA adapters, but --lora_rank is 0")
+    if config.load_in_4bit and not config.lora_rank:
+        raise BadInput("--load_in_4bit needs LoRA adapters, but --lora_rank is 0")
     unknown = [part for part in config.train if part not in PARTS]
     if unknown:
         raise BadInput(f"--train {unknown[0]}: unknown, choose from {', '.join(PARTS)}")
@@ -201,6 +204,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     if accelerator.gradient_accumulation_steps != 1:
         raise BadInput("accelerate's gradient_accumulation_steps must be 1: --micro_batch accumulates here")
     if accelerator.is_fsdp2:
+        if config.load_in_4bit:
+            raise BadInput("--load_in_4bit: FSDP2 cannot shard weights in 4 bits; use DDP")
         plugin = accelerator.state.fsdp_plugin
         if plugin.auto_wrap_policy is not transformer_auto_wrap_policy:
             raise BadInput("accelerate's fsdp_auto_wrap_policy must be TRANSFORMER_BASED_WRAP")
