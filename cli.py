@@ -48,7 +48,8 @@ def run_main(main) -> None:
     except (BadInput, OSError) as error:
         sys.exit("error: " + printable(str(error)).replace("\n", "\\n"))
     except torch.OutOfMemoryError as error:
-        flags = "--gradient_checkpointing, --micro_batch, --batch_size, --max_new_tokens, --lora_rank"
+        flags = "--gradient_checkpointing, --micro_batch, --sample_batch, --batch_size, --max_new_tokens"
+        flags += ", --lora_rank, --load_in_4bit"
         sys.exit(f"error: the GPU is out of memory ({str(error).split('. ')[0]}); flags that help: {flags}")
 
 

@@ -19,6 +19,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
 from torch.nn.parallel import DistributedDataParallel
 from transformers.hf_argparser import HfArg
 
@@ -43,6 +44,7 @@ class Config(TrainConfig):
     )
     beta: float = HfArg(default=0.04, help="KL coefficient; 0 loads no reference, and kl is logged as 0")
     epsilon: float = HfArg(default=0.2, help="the ratio is clipped to 1 - epsilon .. 1 + epsilon")
+    sample_batch: int = HfArg(default=0, help="prompts sampled together, which bounds the KV cache; 0: all")
     samples_every: int = HfArg(default=50, help="write samples.jsonl every this many steps; 0: never")
 
 
@@ -102,6 +104,7 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, mask, epsilon: float, bet
 
 def train(config: Config) -> None:
     check_at_least(config, group_size=2, num_iterations=1, max_steps=1, beta=0, epsilon=0, samples_every=0)
+    check_at_least(config, sample_batch=0)
     if config.temperature <= 0:
         raise BadInput(f"--temperature must be above 0, not {config.temperature}")
     # run.model is the bare model, used for sampling. run.policy wraps the same weights for DDP or FSDP2; its
@@ -261,12 +264,22 @@ def sample_groups(run: Run, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     # one random number per token, fixed by the seed and the prompt's place in the run's stream of prompts, so
     # that a sample depends neither on the batch nor on the number of processes
     noise = sampling_noise(config.seed, batch.first, B, G, T).to(run.accelerator.device)
+    n = config.sample_batch or B  # prompts that are sampled together
+    parts = []
     run.policy.eval()
     with torch.no_grad(), run.accelerator.autocast(), unsharded(run.policy):
         if encoder_is_frozen(run.model):
             batch.inputs["encoded_audio"] = encode_audio(run.model, batch.inputs)
-        with located(f"batch of {locations(batch.examples)}", BadInput):
-            return sample(run.model, batch.inputs, run.eos_ids, T, config.temperature, noise)
+        for rows in [slice(b, b + n) for b in range(0, B, n)]:
+            inputs = select_rows(batch.inputs, rows)
+            with located(f"batch of {locations(batch.examples[rows])}", BadInput):
+                parts.append(sample(run.model, inputs, run.eos_ids, T, config.temperature, noise[rows]))
+
+    # a part is as long as its longest completion: pad to the longest of all
+    T = max(ids.shape[2] for ids, _ in parts)
+    ids = [pad(ids, (0, T - ids.shape[2]), value=run.eos_ids[0]) for ids, _ in parts]
+    mask = [pad(mask, (0, T - mask.shape[2]), value=False) for _, mask in parts]
+    return torch.cat(ids), torch.cat(mask)
 
 
 def completion_metrics(run: Run, texts: list[list[str]], ids, mask, rewards) -> dict:

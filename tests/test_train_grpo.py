@@ -12,7 +12,7 @@ from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 import train_grpo
 from cli import BadInput, parse
 from data import stream_indices
-from model import completion_logits, encode_audio, load_model
+from model import completion_logits, encode_audio, load_model, sample
 from train_grpo import Config, completion_mean, compute_rewards, group_advantages, grpo_loss
 
 
@@ -287,6 +287,34 @@ def test_the_same_prompts_are_shown_with_the_same_random_numbers(folder, tmp_pat
     assert out.count("advantage") == 3 * 4 and "reward 0.46  advantage" in out
 
 
+@pytest.mark.parametrize(
+    "flags", [dict(), dict(lora_rank=2, lora_dropout=0.5)], ids=["all weights", "encoder frozen"]
+)
+def test_samples_do_not_depend_on_how_many_prompts_are_sampled_together(
+    folder, tmp_path, monkeypatch, reward_odd_lengths, flags
+):
+    """Nor does the training on them; parts of 4 prompts of 6 are uneven, and end at different lengths."""
+    flags |= dict(prompts_per_step=6, samples_every=1, max_new_tokens=12, temperature=0.7)
+    lengths = []
+
+    def spy(model, inputs, *args):
+        ids, mask = sample(model, inputs, *args)
+        lengths.append((len(ids), ids.shape[2]))
+        return ids, mask
+
+    monkeypatch.setattr("train_grpo.sample", spy)
+    # this model rarely ends by itself
+    monkeypatch.setattr("training.eos_tokens", lambda *args: list(range(0, 500, 4)))
+    for n in (0, 1, 4):
+        train(folder, tmp_path / f"{n}", sample_batch=n, **flags)
+    sizes = [size for size, _ in lengths]
+    assert sizes[:2] == [5, 6] and sizes.count(4) == 5 and sizes.count(1) > 2 * 11
+    assert len({length for size, length in lengths if size == 1}) > 1
+    for n in (1, 4):
+        assert samples(tmp_path / "0") == samples(tmp_path / f"{n}")
+        assert_same_run(tmp_path / "0", tmp_path / f"{n}")
+
+
 def test_samples_leave_training_as_it_is(folder, tmp_path, reward_odd_lengths):
     train(folder, tmp_path / "none", samples_every=0, lora_rank=2, lora_dropout=0.5)
     train(folder, tmp_path / "all", samples_every=1, lora_rank=2, lora_dropout=0.5)
@@ -343,6 +371,7 @@ BAD = {
     "group of one": (dict(group_size=1), "--group_size"),
     "temperature 0": (dict(temperature=0.0), "--temperature"),
     "no data": (dict(data=""), "--data is missing"),
+    "sample batch": (dict(sample_batch=-1), "--sample_batch must be at least 0"),
     "no such data": (dict(data="nowhere.jsonl"), "nowhere.jsonl"),
     "no such model": (dict(model="./nowhere"), "./nowhere"),
     "no such audio": (dict(audio_dir="nowhere"), "train.jsonl:1: no audio file"),
