@@ -28,8 +28,8 @@ from model import MODEL_FILES, add_saved_adapters, base_of_adapters, check_finit
 
 # flags that may differ when a run is resumed: no earlier step depends on them (data is compared by content)
 MAY_CHANGE = """output resume save_every keep_states merge log_with eval_data eval_every data audio_dir
-    skip_bad_audio micro_batch gradient_checkpointing eval_batch_size skip_steps samples_every
-    sample_batch""".split()
+    eval_silence skip_bad_audio micro_batch gradient_checkpointing eval_batch_size skip_steps
+    samples_every sample_batch""".split()
 
 
 # ---------------------------------------------------------------- saving

@@ -2,6 +2,7 @@
 
 accelerate launch evaluate.py --model runs/grpo --data mmau-test-mini.json --audio_dir mmau --output runs/eval
 accelerate launch evaluate.py --checkpoints runs/grpo --data mmau-test-mini.json --audio_dir mmau  # the curve
+accelerate launch evaluate.py --hearing --orders 4 --model ... --data ...   # does it listen?
 python evaluate.py --score predictions.json                          # any model's predictions
 python evaluate.py --compare a/predictions.json b/predictions.json   # is b better than a?
 python evaluate.py --model runs/grpo --ask clip.wav --question "What barks?" --choices "a dog" "a seal"
@@ -32,8 +33,14 @@ from data import write_atomically
 from model import DEFAULT_MODEL, MODEL_FILES, completion_mask, eos_tokens, load_model, sample, unsharded
 from model import weights_hash
 from rewards import by_group, extract_answer, format_reward, judge, mmau_match, paired_difference
-from rewards import prediction_of, score
-from training import Run, warn_about_clips, warn_about_gpu
+from rewards import prediction_of, score, score_hearing, score_orders
+from training import Run, announce, log_metrics, warn_about_clips, warn_about_gpu
+
+# SHA-256 of the question files of MMAU Test-mini that are known. A converted file has another one
+RELEASES = {
+    "9f18fda99f8dbc2bc5ecd6323fb5063309f54969810b5c6f1caeb3b8d904cf1c": "MMAU Test-mini v05.15.25",
+    "e8cc09223b497191781756212cb616315690aaa6ea7ac359db1b65d97d1e2433": "MMAU Test-mini v1, 25 March 2025",
+}
 
 
 @dataclass
@@ -45,11 +52,13 @@ class Config:
     prompt: str = HfArg(default="", help="plain, answer or think; empty: the model's own, else answer")
     decoding: str = HfArg(default="greedy", help="greedy; or model: sample as generation_config.json says")
     silence: bool = HfArg(default=False, help="replace every clip by silence: what the text alone gives away")
+    hearing: bool = HfArg(default=False, help="answer also with silence, and with another question's clip")
+    orders: int = HfArg(default=0, help="answer under so many rotations of the options; 0: as in the file")
     batch_size: int = HfArg(default=16, help="questions per forward pass")
     load_in_4bit: bool = HfArg(default=False, help="keep the model in 4 bits, as QLoRA's training did")
     max_new_tokens: int = HfArg(default=256, help="maximum length of an answer")
     limit: int = HfArg(default=0, help="answer only the first so many questions; 0: all")
-    seed: int = HfArg(default=42, help="seed for --decoding model")
+    seed: int = HfArg(default=42, help="seed for --decoding model, and for the other clips of --hearing")
     checkpoints: str = HfArg(default="", help="a training run: evaluate each checkpoint without results")
     score: str = HfArg(default="", help="predictions of any model: only score them")
     compare: list[str] = HfArg(default_factory=list, help="two files of predictions: second minus first")
@@ -113,14 +122,19 @@ def answer(model, processor, questions: Questions, max_new_tokens: int, decoding
     return predictions
 
 
-def predict(config: Config, accelerator, model, processor, examples: list[Example], prompt: str):
-    """A prediction for each example, in order; the processes share the work, and each returns all."""
+def predict(
+    config: Config, accelerator, model, processor, examples: list[Example], prompt: str, silence: bool
+):
+    """A prediction for each example, in order; the processes share the work, and each returns all.
+
+    silence: with silence of the same length in place of each clip.
+    """
     size = config.batch_size
     starts = list(range(0, len(examples), size))[accelerator.process_index :: accelerator.num_processes]
     thread_processor = deepcopy(processor)  # a tokenizer must not be used by two threads at once
 
     def read(start: int) -> Questions:
-        return read_questions(thread_processor, examples[start : start + size], prompt, config.silence)
+        return read_questions(thread_processor, examples[start : start + size], prompt, silence)
 
     found = []
     progress = progress_bar(starts, desc="answering", disable=not accelerator.is_main_process)
@@ -133,7 +147,54 @@ def predict(config: Config, accelerator, model, processor, examples: list[Exampl
     return [prediction for _, prediction in found]
 
 
-def held_out_accuracy(run: Run) -> float:
+def with_other_clips(examples: list[Example], seed: int) -> list[Example]:
+    """Each question with the clip of another one, which has another answer. Which one is fixed by the seed.
+
+    Raises BadInput if there is none. A row without an answer, or that cannot be used, stays as it is.
+    """
+    answered = [example for example in examples if not example.problem and example.answer is not None]
+    sources = [example for example in answered if os.path.isfile(example.audio)]
+    order = np.random.default_rng(seed).permutation(len(sources))
+    sources = [sources[i] for i in order]
+    changed = []
+    for number, example in enumerate(examples):
+        if example.problem or example.answer is None:
+            changed.append(example)
+            continue
+        start = number % max(1, len(sources))  # so that the questions get different clips
+        for source in sources[start:] + sources[:start]:
+            same_answer = source.answer.strip().lower() == example.answer.strip().lower()
+            if not same_answer and source.audio != example.audio:
+                break
+        else:
+            raise BadInput(f"--hearing: {example.location}: no other question has another answer and clip")
+        changed.append(replace(example, audio=source.audio))
+    return changed
+
+
+def with_rotated_options(examples: list[Example], shift: int) -> list[Example]:
+    """Each question with its options moved up by so many places; the first ones go to the end."""
+    rotated = []
+    for example in examples:
+        choices = example.choices[shift:] + example.choices[:shift]
+        rotated.append(replace(example, choices=choices))
+    return rotated
+
+
+def log_held_out_accuracy(run: Run, step: int) -> None:
+    """Measure the policy on the held-out questions, and once more with silence; print and log both."""
+    accuracy = held_out_accuracy(run)
+    metrics = {"eval_accuracy": accuracy}
+    text = f"step {step}: held-out accuracy {accuracy:.1%}"
+    if run.config.eval_silence:
+        silent = held_out_accuracy(run, silence=True)
+        metrics["eval_accuracy_silent"] = silent
+        text += f", with silence {silent:.1%}"
+    announce(run, text)
+    log_metrics(run, step, metrics)
+
+
+def held_out_accuracy(run: Run, silence: bool = False) -> float:
     """Accuracy of the policy during training; the processes share the work. A signal ends it early."""
     config = run.config
     accelerator = run.accelerator
@@ -146,7 +207,7 @@ def held_out_accuracy(run: Run) -> float:
 
     run.policy.eval()
     with accelerator.autocast(), unsharded(run.policy):
-        ahead = prefetch(lambda batch: read_questions(processor, batch, config.prompt), batches)
+        ahead = prefetch(lambda batch: read_questions(processor, batch, config.prompt, silence), batches)
         for batch, questions in zip(batches, ahead):
             if run.signals:
                 break
@@ -215,25 +276,49 @@ def evaluate(config: Config, accelerator, examples: list[Example], digest: str, 
     prompt = prompt_of(config, path)
     lock = lock_folder(folder) if accelerator.is_main_process else None  # noqa: F841, held to the end
     accelerator.wait_for_everyone()
+    others = with_other_clips(examples, config.seed) if config.hearing else []
     model, processor = load_model(path, four_bit_dtype=four_bit_dtype(config, accelerator.device))
     model.to(accelerator.device).eval()
-    predictions = predict(config, accelerator, model, processor, examples, prompt)
+
+    def answer_all(asked: list[Example], silence: bool) -> list[Prediction]:
+        return predict(config, accelerator, model, processor, asked, prompt, silence)
+
+    predictions = answer_all(examples, config.silence)
+    if config.hearing:
+        with_silence = answer_all(examples, silence=True)
+        with_other_clip = answer_all(others, silence=False)
+    rotations = [predictions]  # by the number of places that the options moved up
+    for shift in range(1, config.orders):
+        rotations.append(answer_all(with_rotated_options(examples, shift), config.silence))
 
     if accelerator.is_main_process:
+
+        def answer_of(prediction: Prediction) -> str | None:
+            return None if prediction.error else extract_answer(prediction.completion, prompt)
+
         rows = []
-        for example, prediction in zip(examples, predictions):
+        for i, (example, prediction) in enumerate(zip(examples, predictions)):
             text = extract_answer(prediction.completion, prompt)
             # the benchmark's own script has used both keys
             row = example.row | {"model_output": text, "model_prediction": text}
             row["completion"] = prediction.completion
             if example.problem:
                 row["unusable"] = example.problem
+            if config.hearing:
+                row["silence_output"] = answer_of(with_silence[i])
+                row["other_output"] = answer_of(with_other_clip[i])
+                row["other_audio"] = others[i].audio
+            if config.orders:
+                # with fewer options than --orders, the last rotations are repetitions
+                answers = [answer_of(rotation[i]) for rotation in rotations]
+                row["order_outputs"] = answers[: len(example.choices)]
             rows.append(row)
         target = os.path.join(folder, "predictions.json")
         write_json(target, rows)
         packages = (torch, transformers, accelerate)
         malformed = sum(format_reward(prediction.completion, prompt) == 0 for prediction in predictions)
-        results = score([(row, example.location) for row, example in zip(rows, examples)])
+        located_rows = [(row, example.location) for row, example in zip(rows, examples)]
+        results = score(located_rows) | score_hearing(located_rows) | score_orders(located_rows)
         results |= {
             "unparseable": malformed / len(rows),
             "over_length": sum(prediction.cut for prediction in predictions),
@@ -255,11 +340,11 @@ def evaluate(config: Config, accelerator, examples: list[Example], digest: str, 
 
 def comparable_settings(config: Config, prompt: str, digest: str) -> dict:
     """The settings that two results must share to be comparable."""
-    names = ("decoding", "silence", "max_new_tokens", "limit", "seed", "load_in_4bit")
+    names = ("decoding", "silence", "hearing", "orders", "max_new_tokens", "limit", "seed", "load_in_4bit")
     settings = {"prompt": prompt, **{name: getattr(config, name) for name in names}}
     # absolute, so that tools.report finds the clips from any folder
     settings["audio_dir"] = os.path.abspath(config.audio_dir or os.path.dirname(config.data))
-    return settings | {"data_sha256": digest}
+    return settings | {"data_sha256": digest, "release": RELEASES.get(digest, "unknown")}
 
 
 def evaluate_checkpoints(config: Config, accelerator, examples: list[Example], digest: str) -> None:
@@ -348,6 +433,10 @@ def show(results: dict, target: str) -> None:
                 show_line(f"  {name}", part)
     else:
         say("the file has no answers, so there is nothing to score")
+    if "audio_gain" in results:
+        show_audio_gain(results["audio_gain"])
+    if "option_order" in results:
+        show_option_order(results["option_order"])
 
     notes = {
         "unanswered": "rows have no answer to compare with and are not in the score",
@@ -371,8 +460,42 @@ def show(results: dict, target: str) -> None:
     if results.get("model"):
         silence = ", clips replaced by silence" if results["silence"] else ""
         say(f"model {results['model']}, prompt {results['prompt']}, decoding {results['decoding']}{silence}")
-    say(f"questions {results['data']}, SHA-256 {results['data_sha256']}")
+    release = results.get("release", "unknown")
+    say(f"questions {results['data']}, release {release}, SHA-256 {results['data_sha256']}")
     say(f"results in {target}")
+
+
+def show_audio_gain(hearing: dict) -> None:
+    """Print the accuracy with the clip, with silence and with another clip, and what the clip adds."""
+
+    def show_line(name, part):
+        accuracies = ""
+        for key in ("clip", "silence", "other"):
+            accuracies += f"{100 * part[key]['accuracy']:8.1f}"
+        gains = ""
+        for key in ("gain_over_silence", "gain_over_other"):
+            low, high = part[key]["interval"]
+            gain = part[key]["gain"]
+            gains += f"   {100 * gain:+6.1f} ({100 * low:+6.1f} to {100 * high:+6.1f})"
+        say(f"{name:<12}{accuracies}{gains}   {part['total']:5}")
+
+    heads = "    clip silence   other   clip minus silence           clip minus other clip         rows"
+    say(f"{'hearing, %':<12}{heads}")
+    show_line("overall", hearing)
+    for name, part in hearing["by_task"].items():
+        show_line(f"  {name}", part)
+
+
+def show_option_order(orders: dict) -> None:
+    """Print what the order of the options changes."""
+    low, high = orders["interval"]
+    accuracy = f"{orders['accuracy']:.1%} ({100 * low:.1f} to {100 * high:.1f})"
+    say(f"{orders['orders']} orders of the options, {orders['total']} questions: mean accuracy {accuracy}")
+    say(f"  answered alike in all orders: {orders['alike']:.1%}")
+    for place, part in orders["by_place"].items():
+        low, high = part["interval"]
+        interval = f"({100 * low:.1f} to {100 * high:.1f})"
+        say(f"  right option at place {place}: {part['accuracy']:.1%} {interval} of {part['total']}")
 
 
 def count_missing(path: str, rows: list[tuple[dict, str]]) -> int:
@@ -386,15 +509,15 @@ def count_missing(path: str, rows: list[tuple[dict, str]]) -> int:
 def score_file(path: str) -> None:
     """Score a file of predictions. Facts about the evaluation that made it stay in its results.json."""
     rows, digest = read_rows(path)
-    results = score(rows)
+    results = score(rows) | score_hearing(rows) | score_orders(rows)
     count_missing(path, rows)
     name = os.path.splitext(os.path.basename(path))[0]
     name = "results.json" if name == "predictions" else f"{name}.results.json"
     target = os.path.join(os.path.dirname(path), name)
     known = read_json(target)
     if known.get("predictions_sha256") != digest:
-        known = {"data": path, "data_sha256": digest, "unparseable": None, "over_length": None}
-        known["unreadable"] = None
+        known = {"data": path, "data_sha256": digest, "release": RELEASES.get(digest, "unknown")}
+        known |= {"unparseable": None, "over_length": None, "unreadable": None}
     results = known | results | {"predictions_sha256": digest}
     write_json(target, results)
     show(results, target)
@@ -464,7 +587,9 @@ def main() -> None:
         raise BadInput(f"--{modes[0]} and --{modes[1]} cannot be combined: choose one")
     if config.decoding not in ("greedy", "model"):
         raise BadInput(f"--decoding {config.decoding}: unknown, choose greedy or model")
-    check_at_least(config, max_new_tokens=1, batch_size=1, limit=0, seed=0)
+    check_at_least(config, max_new_tokens=1, batch_size=1, limit=0, seed=0, orders=0)
+    if config.hearing and config.silence:
+        raise BadInput("--hearing and --silence cannot be combined: --hearing measures silence, too")
     if config.score:
         return score_file(config.score)
     if config.compare:

@@ -135,6 +135,85 @@ def score(rows: list[tuple]) -> dict:
     }
 
 
+def score_hearing(rows: list[tuple]) -> dict:
+    """What the clip adds to accuracy, from rows that were answered with other clips (evaluate.py --hearing).
+
+    Returns {"audio_gain": ...}: three accuracies and the two paired gains, overall and by task; {} if no row
+    has such answers. A row is left out if one of its three answers is missing, or the right one.
+    """
+    only_rows = []
+    triples = []  # whether right with the clip, with silence, and with the clip of another question
+    for row, location in rows:
+        triple = None
+        if isinstance(row, dict) and None not in (row.get("silence_output"), row.get("other_output")):
+            marks = [judge(row, location)]
+            for key in ("silence_output", "other_output"):
+                marks.append(judge(with_prediction(row, row[key]), location))
+            triple = None if None in marks else tuple(marks)
+        only_rows.append(row)
+        triples.append(triple)
+    answered = [triple for triple in triples if triple is not None]
+    if not answered:
+        return {}
+    by_task = by_group(only_rows, triples)["task"]
+    results = gains(answered)
+    results["by_task"] = {name: gains(part) for name, part in by_task.items()}
+    return {"audio_gain": results}
+
+
+def gains(triples: list[tuple[bool, bool, bool]]) -> dict:
+    """Accuracy with the clip, with silence and with another clip, and the differences to the first."""
+    results = {"total": len(triples)}
+    for i, name in enumerate(("clip", "silence", "other")):
+        results[name] = tally([triple[i] for triple in triples])
+    for i, name in ((1, "silence"), (2, "other")):
+        gain, low, high, p = paired_difference([(triple[i], triple[0]) for triple in triples])
+        results[f"gain_over_{name}"] = {"gain": gain, "interval": (low, high), "p": p}
+    return results
+
+
+def score_orders(rows: list[tuple]) -> dict:
+    """What the order of the options changes, from rows answered in several orders (evaluate.py --orders).
+
+    Entry k of a row's order_outputs is the answer with the options moved up by k places. Returns
+    {"option_order": ...}; {} if no row has such answers. A row that could not be read is left out.
+    """
+    means = []  # accuracy of each question over its orders
+    alike = []
+    by_place = defaultdict(list)  # of the right option, counted from 1
+    orders = 0
+    for row, location in rows:
+        outputs = row.get("order_outputs") if isinstance(row, dict) else None
+        if not outputs or None in outputs or not has_answer(row):
+            continue
+        answer, choices = answer_and_choices(row, location)
+        texts = [choice.strip() for choice in choices]
+        marks = [mmau_match(output, answer, choices) for output in outputs]
+        orders = max(orders, len(outputs))
+        means.append(sum(marks) / len(marks))
+        alike.append(len(set(outputs)) == 1)
+        if answer.strip() in texts:
+            for shift, mark in enumerate(marks):
+                place = (texts.index(answer.strip()) - shift) % len(choices) + 1
+                by_place[place].append(mark)
+    if not means:
+        return {}
+    results = {
+        "orders": orders,
+        "total": len(means),
+        "accuracy": sum(means) / len(means),
+        "interval": mean_interval(means),
+        "alike": sum(alike) / len(alike),
+        "by_place": {str(place): tally(marks) for place, marks in sorted(by_place.items())},
+    }
+    return {"option_order": results}
+
+
+def with_prediction(row: dict, text: str) -> dict:
+    """The row with another prediction."""
+    return row | {"model_output": text, "model_prediction": text}
+
+
 def tally(marks: list[bool]) -> dict:
     """Accuracy with its interval; None for no marks."""
     correct = sum(marks)
@@ -166,6 +245,15 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     middle = (p + Z * Z / (2 * total)) / scale
     half = Z * math.sqrt(p * (1 - p) / total + (Z / (2 * total)) ** 2) / scale
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def mean_interval(values: list[float]) -> tuple[float, float]:
+    """The 95 % interval of a mean of values from 0 to 1, by the normal distribution."""
+    n = len(values)
+    mean = sum(values) / n
+    variance = sum((value - mean) ** 2 for value in values) / max(1, n - 1)
+    half = Z * math.sqrt(variance / n)
+    return max(0.0, mean - half), min(1.0, mean + half)
 
 
 def mcnemar_p(b: int, c: int) -> float:

@@ -26,7 +26,7 @@ from transformers.hf_argparser import HfArg
 from checkpoints import save_checkpoint, save_final
 from cli import BadInput, check_at_least, is_given, located, parse, progress_bar, run_main
 from data import Batch, Example, decode, locations, read_batch, select_rows
-from evaluate import held_out_accuracy
+from evaluate import log_held_out_accuracy
 from model import encode_audio, encoder_is_frozen, sample, sampling_noise, unsharded
 from rewards import accuracy_reward, format_reward
 from training import Run, TrainConfig, announce, append_rows, check_update, end_run, learning_rate
@@ -130,9 +130,7 @@ def train(config: Config) -> None:
             save_checkpoint(run, step)
         if run.eval_examples and (is_last or step % config.eval_every == 0):
             with stop_together(run, step):
-                accuracy = held_out_accuracy(run)
-                announce(run, f"step {step}: held-out accuracy {accuracy:.1%}")
-                log_metrics(run, step, {"eval_accuracy": accuracy})
+                log_held_out_accuracy(run, step)
         if config.samples_every and (is_last or step % config.samples_every == 0):
             with stop_together(run, step):
                 write_samples(run, fixed_prompts, step)

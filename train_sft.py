@@ -20,7 +20,7 @@ from transformers.hf_argparser import HfArg
 from checkpoints import save_checkpoint, save_final
 from cli import BadInput, check_at_least, is_given, parse, progress_bar, run_main
 from data import Example, select_rows
-from evaluate import held_out_accuracy
+from evaluate import log_held_out_accuracy
 from model import end_of_turn
 from rewards import format_reward
 from training import TrainConfig, announce, check_update, end_run, learning_rate, log_metrics
@@ -80,9 +80,7 @@ def train(config: Config) -> None:
             save_checkpoint(run, step)
         if run.eval_examples and (is_last or step % config.eval_every == 0):
             with stop_together(run, step):
-                accuracy = held_out_accuracy(run)
-                announce(run, f"step {step}: held-out accuracy {accuracy:.1%}")
-                log_metrics(run, step, {"eval_accuracy": accuracy})
+                log_held_out_accuracy(run, step)
         if is_last:
             break
 

@@ -42,6 +42,7 @@ class TrainConfig:
     skip_bad_audio: bool = HfArg(default=False, help="skip and count clips that cannot be read")
     eval_data: str = HfArg(default="", help="held-out questions for accuracy during training; empty: none")
     eval_every: int = HfArg(default=100, help="steps between two evaluations")
+    eval_silence: bool = HfArg(default=True, help="evaluate with silence in place of the clips, too")
     eval_batch_size: int = HfArg(default=16, help="questions per forward pass in evaluations")
     output: str = HfArg(default="runs/train", help="folder for metrics, checkpoints and the final model")
     prompt: str = HfArg(default="answer", help="plain, answer or think: prompt, format reward and extraction")

@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 from collections import Counter
+from dataclasses import replace
 from itertools import groupby
 
 import numpy as np
@@ -18,7 +19,9 @@ from transformers import GenerationConfig
 
 from cli import BadInput
 from data import read_rows
-from evaluate import answer, read_questions, show_curve
+from evaluate import RELEASES, answer, read_questions, show_curve, with_other_clips
+from evaluate import with_rotated_options
+from model import encode_audio
 from rewards import extract_answer, judge, mmau_match, paired_difference, tally, wilson_interval
 
 
@@ -353,6 +356,164 @@ def test_scores_of_two_files_in_a_folder_do_not_overwrite_each_other(tmp_path, r
     assert read(tmp_path / "other.results.json")["accuracy"] == 0
 
 
+# ---------------------------------------------------------------- does it listen?
+
+CLIPS = {"task": "sound", "question": "What barks?", "choices": ["dog", "cat", "cow"], "answer": "dog"}
+
+
+def ten_questions():
+    """Hand-made answers: seven are right with the clip, two with silence, three with another clip."""
+    rows = []
+    for i in range(10):
+        row = CLIPS | {"id": i, "task": "sound" if i < 6 else "music"}
+        row["model_output"] = "dog" if i < 7 else "cat"
+        row["silence_output"] = "dog" if i in (0, 9) else "cat"
+        row["other_output"] = "dog" if i in (0, 1, 2) else "cow"
+        rows.append(row)
+    return rows
+
+
+def test_the_gains_of_ten_questions(score, capsys):
+    unreadable = CLIPS | {"model_output": "", "silence_output": None, "other_output": None}
+    gain = score([*ten_questions(), unreadable])["audio_gain"]
+    assert gain["total"] == 10
+    assert [gain[name]["correct"] for name in ("clip", "silence", "other")] == [7, 2, 3]
+    # in pairs: with silence 1 is right alone, with the clip 6; with another clip 0 and 4
+    assert gain["gain_over_silence"]["gain"] == pytest.approx(0.5)
+    assert gain["gain_over_other"]["gain"] == pytest.approx(0.4)
+    assert gain["gain_over_silence"]["p"] == pytest.approx(2 * (1 + 7) / 2**7)
+    assert gain["gain_over_other"]["p"] == pytest.approx(2 / 2**4)
+    # Bonett and Price: 7 / 12 - 2 / 12, and sqrt((9 / 12 - (5 / 12)^2) / 12)
+    half = 1.959964 * ((9 / 12 - (5 / 12) ** 2) / 12) ** 0.5
+    assert gain["gain_over_silence"]["interval"] == pytest.approx([5 / 12 - half, 5 / 12 + half])
+    sound, music = gain["by_task"]["sound"], gain["by_task"]["music"]
+    assert (sound["total"], sound["gain_over_silence"]["gain"]) == (6, pytest.approx(5 / 6))
+    assert (music["total"], music["gain_over_silence"]["gain"]) == (4, pytest.approx(0))
+    out = capsys.readouterr().out
+    assert re.search(r"overall +70\.0 +20\.0 +30\.0 +\+50\.0 .* \+40\.0 .* 10$", out, re.MULTILINE)
+
+
+def test_the_orders_of_ten_questions(score, capsys):
+    """Six are right in every order, two only where the right option is first, two always take the last."""
+    rows = []
+    for i in range(10):
+        outputs = ["dog", "dog", "dog"]
+        if i in (6, 7):
+            outputs = ["dog", "cat", "cow"]  # always the first option
+        elif i > 7:
+            outputs = ["cow", "dog", "cat"]  # always the last one
+        rows.append(CLIPS | {"id": i, "model_output": outputs[0], "order_outputs": outputs})
+    pair = CLIPS | {"choices": ["cat", "dog"], "model_output": "dog", "order_outputs": ["dog", "cat"]}
+    order = score([*rows, pair, CLIPS | {"order_outputs": [None, None]}])["option_order"]
+    assert (order["orders"], order["total"]) == (3, 11)
+    means = [1] * 6 + [1 / 3] * 4 + [1 / 2]
+    assert order["accuracy"] == pytest.approx(np.mean(means))
+    half = 1.959964 * np.std(means, ddof=1) / 11**0.5
+    assert order["interval"] == pytest.approx([np.mean(means) - half, np.mean(means) + half])
+    assert order["alike"] == pytest.approx(6 / 11)
+    places = {place: (part["correct"], part["total"]) for place, part in order["by_place"].items()}
+    assert places == {"1": (8, 11), "2": (7, 11), "3": (8, 10)}
+    out = capsys.readouterr().out
+    assert "3 orders of the options, 11 questions: mean accuracy 71.2%" in out
+    assert "answered alike in all orders: 54.5%" in out
+    assert re.search(r"right option at place 2: 63\.6% .* of 11$", out, re.MULTILINE)
+
+
+def test_files_without_such_answers_have_no_gain(score, capsys):
+    assert not {"audio_gain", "option_order"} & score([RIGHT]).keys()
+    assert "hearing" not in capsys.readouterr().out
+
+
+def test_the_three_answers_are_those_to_the_three_clips(folder, tmp_path, evaluation):
+    """The same as an evaluation with silence, and one of a file that names the other clips."""
+    rows, results = evaluation("--hearing")
+    plain, _ = evaluation(output="plain")
+    silent, _ = evaluation("--silence", output="silent")
+    questions = [row for row, _ in read_rows(str(folder / "test.jsonl"))[0]]
+    swapped = [row | {"audio": answered["other_audio"]} for row, answered in zip(questions, rows)]
+    other, _ = evaluation("--data", write(tmp_path / "swapped", swapped), output="other")
+    for i, row in enumerate(rows):
+        assert row["completion"] == plain[i]["completion"]
+        assert row["silence_output"] == silent[i]["model_output"]
+        assert row["other_output"] == other[i]["model_output"]
+    assert results["hearing"] is True and results["audio_gain"]["total"] == 12
+
+
+def test_the_other_clip_is_fixed_by_the_seed_and_has_another_answer(folder):
+    examples = load_examples(str(folder / "train.jsonl"))
+    broken = replace(examples[3], problem="not a question")
+    examples[3] = broken
+    answers = {example.audio: example.answer for example in examples}
+    changed = with_other_clips(examples, seed=1)
+    assert changed[3] is broken
+    for example, other in zip(examples, changed):
+        if example is not broken:
+            assert answers[other.audio] != example.answer
+            assert replace(other, audio=example.audio) == example
+    assert len({other.audio for other in changed}) > 15  # not one clip for all
+    assert changed == with_other_clips(examples, seed=1) != with_other_clips(examples, seed=2)
+
+
+def test_a_file_with_one_answer_has_no_other_clips(folder, tmp_path, evaluation):
+    for i in range(2):
+        shutil.copy(folder / "test" / f"{i:04d}.wav", tmp_path / f"{i}.wav")
+    rows = [OWN | {"audio": "0.wav"}, OWN | {"audio": "1.wav", "answer": " Cat"}]
+    path = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(BadInput, match="rows.jsonl:1: no other question has another answer and clip"):
+        evaluation("--data", path, "--hearing")
+    assert not (tmp_path / "eval" / "predictions.json").exists()
+
+
+def test_a_model_that_ignores_its_audio_has_no_gain(folder, evaluation, monkeypatch):
+    """Its answers are right for some questions, but silence is right for about as many."""
+    monkeypatch.setattr("model.encode_audio", lambda *args: 0 * encode_audio(*args))
+    monkeypatch.setattr("rewards.mmau_match", lambda text, *_: len(text) % 2 == 1)
+    _, results = evaluation("--data", folder / "train.jsonl", "--hearing")
+    gain = results["audio_gain"]
+    assert gain["clip"]["correct"] == gain["silence"]["correct"]  # of the same length, so the same prompt
+    assert 0 < gain["clip"]["accuracy"] < 1
+    for name in ("gain_over_silence", "gain_over_other"):
+        low, high = gain[name]["interval"]
+        assert low < 0 < high
+
+
+def test_orders_move_the_options_and_keep_the_question(folder, tmp_path, evaluation):
+    """The answers are those to a file in which the options were moved by hand."""
+    rows = []
+    for row, _ in read_rows(str(folder / "test.jsonl"))[0]:
+        rows.append(row | {"choices": row["choices"][:3], "answer": row["choices"][1]})
+    rows[0] |= {"choices": rows[0]["choices"][:2]}
+    path = write(tmp_path / "rows", rows)
+    flags = ["--audio_dir", folder]
+    answered, results = evaluation("--data", path, *flags, "--orders", 3)
+    moved_once = with_rotated_options(load_examples(path, str(folder)), 1)
+    assert moved_once[0].choices == rows[0]["choices"][::-1]
+    assert moved_once[1].choices == rows[1]["choices"][1:] + rows[1]["choices"][:1]
+    for shift in range(3):
+        moved = [row | {"choices": row["choices"][shift:] + row["choices"][:shift]} for row in rows]
+        path = write(tmp_path / f"moved{shift}", moved)
+        expected, _ = evaluation("--data", path, *flags, output=f"by_hand{shift}")
+        for i, (row, by_hand) in enumerate(zip(answered, expected)):
+            if i > 0 or shift < 2:
+                assert row["order_outputs"][shift] == by_hand["model_output"]
+    assert len(answered[0]["order_outputs"]) == 2  # a third order of two options would be the first one
+    assert {place: part["total"] for place, part in results["option_order"]["by_place"].items()} == {
+        "1": 12,
+        "2": 12,
+        "3": 11,
+    }
+
+
+def test_results_name_the_release_of_a_known_file(folder, evaluation, monkeypatch, capsys):
+    digest = hashlib.sha256((folder / "test.jsonl").read_bytes()).hexdigest()
+    _, results = evaluation("--limit", 1)
+    assert results["release"] == "unknown"
+    monkeypatch.setitem(RELEASES, digest, "Toy v1")
+    _, results = evaluation("--limit", 1, output="known")
+    assert results["release"] == "Toy v1"
+    assert "release Toy v1, SHA-256" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------- comparing
 
 
@@ -469,6 +630,8 @@ BAD_FLAGS = {
     "no clips": (["--audio_dir", "nowhere"], "no audio file .*12 of 12 clips are missing"),
     "no checkpoints": (["--checkpoints", "nowhere"], "nowhere: contains no complete checkpoint-N"),
     "output below a file": (["--output", f"{__file__}/eval"], "--output .*/eval: NotADirectoryError"),
+    "silence twice": (["--hearing", "--silence"], "--hearing and --silence cannot be combined"),
+    "negative orders": (["--orders", -1], "--orders must be at least 0"),
     "two modes": (["--score", "a", "--ask", "b"], "--score and --ask cannot be combined"),
     "nothing to score": (["--score", "nowhere"], "nowhere: FileNotFoundError"),
     "one file to compare": (["--compare", "a"], "takes two files"),

@@ -155,12 +155,13 @@ def test_curves_and_groups(folder, tmp_path, show):
     first = {"loss": 0.5, "reward": 1.0, "reward_accuracy": 0.5, "reward_brevity": 0.5, "lr": 0.1}
     first |= {"seconds_sample": 1.0, "seconds_update": 2.0, "my metric": 8, "note": "none"}
     second = first | {"reward_accuracy": 0.25, "reward_brevity": 0.125, "seconds_update": 3.0, "my metric": 9}
-    lines = [{"step": 0, "eval_accuracy": 0.25}, {"step": 0, **first}]
-    lines += [{"step": 1, **second}, {"step": 2, "eval_accuracy": 1}]
+    lines = [{"step": 0, "eval_accuracy": 0.25, "eval_accuracy_silent": 0.125}, {"step": 0, **first}]
+    lines += [{"step": 1, **second}, {"step": 2, "eval_accuracy": 1, "eval_accuracy_silent": 0.5}]
     page = show(make_run(tmp_path / "run", folder, lines, steps=1))
     assert "2 steps (not finished)" in page.text
     assert descriptions(page) == [
-        "accuracy: held-out questions, greedy from 0.25 to 1, samples from 0.5 to 0.25",
+        "accuracy: held-out questions, greedy from 0.25 to 1, samples from 0.5 to 0.25, "
+        "held-out, with silence from 0.125 to 0.5",
         "reward: sum of all parts from 1 to 1",
         "loss: mean from 0.5 to 0.5",
         "seconds per step: sample from 1 to 1, update from 2 to 3",

@@ -1,6 +1,7 @@
 import json
 import math
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from conftest import as_flags, assert_same_run, config, launch, load_examples, m
 from conftest import training_code, weights
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
+import evaluate
 import train_grpo
 from cli import BadInput, parse
 from data import stream_indices
@@ -238,7 +240,7 @@ def test_metrics_checkpoints_and_evaluation(folder, tmp_path):
     evaluations = [line for line in lines if "eval_accuracy" in line]
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in evaluations] == [0, 2, 3]  # the last is the final model's
-    assert all(line.keys() == {"step", "eval_accuracy"} for line in evaluations)
+    assert all(line.keys() == {"step", "eval_accuracy", "eval_accuracy_silent"} for line in evaluations)
     keys = """step reward reward_accuracy reward_format reward_std zero_std_groups kl entropy
         clip_fraction_low clip_fraction_high loss
         grad_norm lr completion_tokens truncated unique_completions clips_cut clips_silent clips_skipped
@@ -252,6 +254,32 @@ def test_metrics_checkpoints_and_evaluation(folder, tmp_path):
         AutoProcessor.from_pretrained(path)
         assert json.load(open(path / "run.json"))["prompt"] == "think"
     assert not list((tmp_path / "run").glob("*.partial"))
+
+
+@pytest.mark.parametrize("eval_silence", [True, False])
+def test_held_out_questions_are_answered_in_silence_too(folder, tmp_path, capsys, monkeypatch, eval_silence):
+    """With the clips these answers are right more often; evaluate.py measures the same."""
+    monkeypatch.setattr("evaluate.mmau_match", lambda text, *_: len(text) % 2 == 1)
+    monkeypatch.setattr("rewards.mmau_match", lambda text, *_: len(text) % 2 == 1)
+    data = str(folder / "train.jsonl")
+    train(folder, tmp_path / "run", eval_data=data, eval_silence=eval_silence, max_steps=1, lr=0.0)
+    printed = capsys.readouterr().out
+    expected = {"step": 0}
+    for name, silence in (("eval_accuracy", []), ("eval_accuracy_silent", ["--silence"])):
+        output = tmp_path / name
+        flags = ["--model", folder / "model", "--data", data, "--output", output, "--max_new_tokens", 5]
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags), *silence])
+        evaluate.main()
+        expected[name] = json.loads((output / "results.json").read_text())["accuracy"]
+    text = f"step 0: held-out accuracy {expected['eval_accuracy']:.1%}"
+    if eval_silence:
+        assert expected["eval_accuracy"] != expected["eval_accuracy_silent"]
+        text += f", with silence {expected['eval_accuracy_silent']:.1%}"
+    else:
+        del expected["eval_accuracy_silent"]
+    assert text in printed.splitlines()
+    first = next(line for line in metrics(tmp_path / "run") if "eval_accuracy" in line)
+    assert first == pytest.approx(expected, abs=1e-6)
 
 
 def samples(output):

@@ -263,7 +263,11 @@ def progress(run: Run) -> str:
 
 # {title of a panel: {label of a curve: key in metrics.jsonl}}; any other number gets a panel of its own
 PANELS = {
-    "accuracy": {"held-out questions, greedy": "eval_accuracy", "samples": "reward_accuracy"},
+    "accuracy": {
+        "held-out questions, greedy": "eval_accuracy",
+        "samples": "reward_accuracy",
+        "held-out, with silence": "eval_accuracy_silent",
+    },
     "KL to the reference": {"samples": "kl"},
     "reward": {"sum of all parts": "reward"},
     "completion length (tokens)": {
