@@ -224,10 +224,12 @@ def held_out_accuracy(run: Run, silence: bool = False) -> float:
                 text = extract_answer(prediction.completion, config.prompt)
                 correct += mmau_match(text, example.answer, example.choices)
 
-    correct = accelerator.reduce(torch.tensor(correct, device=accelerator.device))
-    if problem:  # raised only now, because the processes wait for each other above
-        raise problem
-    return correct.item() / len(run.eval_examples)
+    # the processes wait for each other here, so all of them raise together, and only now
+    totals = torch.tensor([correct, float(problem is not None)], device=accelerator.device)
+    correct, failures = accelerator.reduce(totals).tolist()
+    if failures:
+        raise problem or BadInput("another process could not evaluate the held-out questions")
+    return correct / len(run.eval_examples)
 
 
 def prompt_of(config: Config, model: str) -> str:

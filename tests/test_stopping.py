@@ -159,7 +159,7 @@ def test_a_signal_during_an_evaluation_is_obeyed(
 ):
     """Between two of its batches (3 an evaluation, at steps 0, 2 and 4); the resumed run is the same run."""
     flags = own_data | dict(max_steps=4, save_every=9, eval_data=str(folder / "test.jsonl"), eval_every=2)
-    flags |= dict(eval_batch_size=4)
+    flags |= dict(eval_batch_size=4, eval_silence=False)
     run_script("train_grpo", folder, tmp_path / "whole", **flags)
     batches, plain = [], evaluate.answer
 
