@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import sys
 from types import ModuleType
 
@@ -16,9 +17,23 @@ CODE = ["".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "code"
 
 
 def test_a_sentence_stands_before_each_of_few_cells():
-    assert len(CELLS) <= 20 and len(CODE) >= 8
+    """Exercises, which have no code, come last."""
     kinds = [cell["cell_type"] for cell in CELLS]
-    assert kinds == ["markdown", "code"] * (len(CELLS) // 2)
+    exercises = kinds[2 * len(CODE) :]
+    assert kinds == ["markdown", "code"] * len(CODE) + ["markdown"] * len(exercises)
+    assert 8 <= len(CODE) <= 12 and 2 <= len(exercises) <= 3
+    for cell in CELLS[-len(exercises) :]:
+        text = "".join(cell["source"])
+        assert text.startswith("**Your turn") and "*Hint:*" in text and "*Expect" in text
+
+
+def test_links_lead_to_files_that_have_what_they_name():
+    text = "\n".join("".join(cell["source"]) for cell in CELLS)
+    links = re.findall(r"\[`(.+?)`\]\((.+?)\)", text)
+    assert len(links) >= 4
+    for name, target in links:
+        path = ROOT / "docs" / target
+        assert path.name == name or f"def {name}(" in path.read_text(encoding="utf-8")
 
 
 def test_nothing_is_defined_anew():
@@ -33,6 +48,8 @@ def test_it_is_stored_with_its_outputs_and_none_is_large():
     assert not any(output["output_type"] == "error" or output.get("name") == "stderr" for output in outputs)
     data = ["".join(value) for output in outputs for value in output.get("data", {}).values()]
     assert sum("<audio" in value for value in data) == 1 and max(map(len, data)) < 100_000
+    printed = ["".join(output.get("text", "")) for output in outputs]
+    assert any(" clipped\n" in text for text in printed)  # the clip acts in the second update
     assert "/home" not in json.dumps(NOTEBOOK) and "/tmp" not in json.dumps(NOTEBOOK)
 
 
@@ -68,4 +85,9 @@ def test_the_cells_run_and_the_update_goes_the_right_way(namespace):
     assert abs(n.kl) < 1e-6 and n.clipped == 0  # before the update
     change = ((n.new_logps - n.old_logps) * n.mask).sum(-1)
     assert (change * (n.rewards - n.rewards.mean())).sum() > 0  # better completions became likelier
+    is_pulled = n.pull != 0  # second update: all tokens but the clipped ones have a policy gradient
+    assert n.is_clipped.any() and torch.equal(is_pulled, n.mask & ~n.is_clipped)
+    too_high = (n.ratio > 1.2) & (n.advantages > 0)[..., None]
+    too_low = (n.ratio < 0.8) & (n.advantages < 0)[..., None]
+    assert torch.equal(n.is_clipped, n.mask & (too_high | too_low))
     assert n.ids.shape == n.mask.shape and not torch.equal(*n.moved)
