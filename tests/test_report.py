@@ -103,6 +103,9 @@ def record_code(run, *entries):
     (run / "code.json").write_text(json.dumps(codes))
 
 
+AGAIN = "If the run is still going, make the page again to see more."
+
+
 def descriptions(page):
     return [svg["aria-label"] for svg in page.all("svg")]
 
@@ -142,6 +145,7 @@ def test_the_page_of_a_real_run(folder, tmp_path, show):
     run_script("train_grpo", folder, run, samples_every=1, eval_data=str(folder / "test.jsonl"))
     page = show(run)
     assert "2 of 2 steps (finished)" in page.text and "prompts_per_step" in page.text
+    assert AGAIN not in page.texts("p") and len(page.all("input")) == 1
     assert f"torch {torch.__version__}" in page.text  # from code.json
     titles = [description.split(":")[0] for description in descriptions(page)]
     assert titles[: len(report.PANELS)] == list(report.PANELS) and "reward_format" in titles
@@ -169,6 +173,8 @@ def test_curves_and_groups(folder, tmp_path, show):
         "my metric: my metric from 8 to 9",
     ]
     assert {"seconds per step", "update", "my metric"} <= set(page.texts("text"))  # drawn, too
+    known = ["accuracy", "reward", "loss", "seconds per step"]
+    assert page.texts("figcaption") == [report.NOTES[title] for title in known]
 
     colours = [row["style"] for row in page.all("tr") if "style" in row]
     assert colours == ["background: rgb(230 110 20 / 0.10)", "background: rgb(30 120 230 / 0.30)"]
@@ -185,7 +191,7 @@ def test_a_run_that_is_still_going(folder, tmp_path, show):
         with open(run / name, "a") as file:
             file.write('{"step": 1, "l')
     page = show(run)
-    assert "1 of 7 steps (not finished)" in page.text
+    assert "1 of 7 steps (not finished)" in page.text and AGAIN in page.texts("p")
     assert len(page.all("svg")) == len(page.all("section")) == 1
 
     (run / "metrics.jsonl").rename(run / "metrics")
@@ -520,7 +526,7 @@ def test_a_run_in_a_browser(folder, tmp_path, show, long_clip):
     title, images, width, durations, *sections, step = in_browser(run / "report.html", code)
     assert title == str(run) and images == 0 and width <= 360
     assert durations == pytest.approx([soundfile.info(folder / "train/0000.wav").duration, 32], abs=1e-3)
-    assert sections == [[0, 3], [1, 3]] and step == "1"  # only the first slider moved
+    assert sections == [[0, 3], [1, 4]] and step == "1"  # one slider for both prompts
 
 
 def test_several_runs_in_a_browser(three_runs, show):

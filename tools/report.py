@@ -47,6 +47,7 @@ STYLE = """
 body { font: 1rem/1.5 system-ui, sans-serif; max-width: 72rem; margin: auto; padding: 1rem }
 svg { width: 100%; height: auto }
 figure { margin: 0 }
+figcaption { font-size: .9rem }
 audio { width: min(24rem, 100%); display: block }
 article { border-top: 1px solid GrayText; padding: .5rem 0 1rem }
 td, th { padding: .2rem .6rem; text-align: left; vertical-align: top }
@@ -56,20 +57,21 @@ td, th { padding: .2rem .6rem; text-align: left; vertical-align: top }
 .scroll td { min-width: 7rem }
 .scroll [scope=row] { overflow-wrap: normal }
 .curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); gap: 1rem }
-form { position: sticky; top: 0; padding: .5rem 0; background: Canvas }
+form, .slider { position: sticky; top: 0; margin: 0; padding: .5rem 0; background: Canvas }
 form { display: flex; flex-wrap: wrap; gap: .5rem 1rem }
 input[type=range] { width: min(30rem, 60vw); vertical-align: middle }
 [hidden] { display: none !important }
 """
 
 SCRIPT = """
-// Each prompt of a run has a slider, which selects the step to show.
+// A run has one slider, which selects the step whose groups are shown.
 for (const slider of document.querySelectorAll("input[type=range]")) {
-  const groups = [...slider.closest("article").querySelectorAll("section")];
+  const steps = slider.dataset.steps.split(" ");
+  const groups = document.querySelectorAll("section");
 
   slider.oninput = () => {
-    groups.forEach((group, i) => group.hidden = i != slider.value);
-    const step = groups[slider.value].dataset.step;
+    const step = steps[slider.value];
+    groups.forEach(group => group.hidden = group.dataset.step != step);
     slider.nextElementSibling.value = step;
     slider.ariaValueText = step;
   };
@@ -254,9 +256,13 @@ def progress(run: Run) -> str:
     steps = str(sum("loss" in line for line in run.lines))
     if run.settings.get("max_steps"):  # SFT has 0 if --epochs decides
         steps += f" of {run.settings['max_steps']}"
-    is_finished = any(os.path.exists(os.path.join(run.folder, name)) for name in MODEL_FILES)
-    state = "finished" if is_finished else "not finished"
+    state = "finished" if is_finished(run) else "not finished"
     return f"{steps} steps ({state})"
+
+
+def is_finished(run: Run) -> bool:
+    """Whether a run has saved its final model."""
+    return any(os.path.exists(os.path.join(run.folder, name)) for name in MODEL_FILES)
 
 
 # ---------------------------------------------------------------- curves
@@ -288,6 +294,26 @@ PANELS = {
     "seconds per step": {"sample": "seconds_sample", "score": "seconds_score", "update": "seconds_update"},
 }
 NOT_DRAWN = ("step", "lr")
+NOTES = {  # {title of a panel: what to look for}
+    "accuracy": "The held-out curve is the one that counts: the samples answer training questions.",
+    "KL to the reference": "It should rise from 0 and level off; if it does not, the policy is drifting.",
+    "reward": "A rise that accuracy does not share comes from the format, or from a flaw in the reward.",
+    "completion length (tokens)": "If it jumps to the limit, or falls to almost 0, read the completions.",
+    "share of truncated completions": "It should be near 0: a truncated completion often lacks its answer.",
+    "share of groups with equal rewards": "These groups teach nothing: all their advantages are 0.",
+    "share of clipped tokens": "With one update a step it is 0; clipped tokens have no policy gradient.",
+    "loss": (
+        "In GRPO with one update a step, it is beta times the KL, so it says nothing about learning; "
+        "in SFT it should fall."
+    ),
+    "norm of the gradient": "Gradients above 1 are scaled down to 1; a lasting rise is a sign of trouble.",
+    "share of clips": "It should be near 0: the model does not hear what is cut, silent or skipped.",
+    "seconds per step": "Sampling includes waiting for the audio, and grows with the completions.",
+    "entropy": "It falls as the policy becomes surer; near 0 it has collapsed, and groups become equal.",
+    "reward_format": "It should rise first and stay near 1.",
+    "reward_std": "The mean spread of rewards within a group: at 0, no group teaches anything.",
+    "unique_completions": "Distinct texts in a group: at 1, all completions are the same and teach nothing.",
+}
 LIMITS = {  # of the vertical axis
     "accuracy": (0, 1),
     "KL to the reference": (0, None),
@@ -412,7 +438,10 @@ def draw(panels: dict[str, list[Curve]], runs: list[str], width: float) -> Figur
 
 
 def panel_svg(title: str, curves: list[Curve], runs: list[str]) -> str:
-    """A panel as SVG inside the page. It has the page's text colour, and its end points as a description."""
+    """A panel as SVG inside the page, and below it what to look for.
+
+    It has the page's text colour, and its end points as a description.
+    """
     # matplotlib does not know currentColor, so an unused colour stands in for it
     ink = "#010203"
     settings = PLAIN_TEXT | {"svg.fonttype": "none", "svg.hashsalt": title}
@@ -434,7 +463,10 @@ def panel_svg(title: str, curves: list[Curve], runs: list[str]) -> str:
         last_value = curve.points[-1][1]
         ends.append(f"{label} from {first_value:.4g} to {last_value:.4g}")
     description = escape(f"{title}: {', '.join(ends)}")
-    return f'<figure><svg role="img" aria-label="{description}"{svg}</figure>\n'
+    note = ""
+    if title in NOTES:
+        note = f"<figcaption>{escape(NOTES[title])}</figcaption>"
+    return f'<figure><svg role="img" aria-label="{description}"{svg}{note}</figure>\n'
 
 
 def curves_html(runs: dict[str, Run]) -> str:
@@ -467,6 +499,8 @@ def draw_picture(runs: dict[str, Run], path: str) -> Figure:
 def run_page(run: Run) -> str:
     """The page of one run."""
     parts = [f"<p>{escape(progress(run))}</p>\n"]
+    if not is_finished(run):
+        parts.append("<p>If the run is still going, make the page again to see more.</p>\n")
     parts.append(curves_html({run.folder: run}))
     samples = read_log(os.path.join(run.folder, "samples.jsonl"))
     if samples:
@@ -515,16 +549,20 @@ def patch_html(patch: str) -> str:
 
 
 def groups_html(folder: str, samples: list[dict]) -> str:
-    """The groups of each prompt, with a slider over the steps. A long run shows only every n-th step."""
+    """The groups of each prompt, with one slider over the steps. A long run shows only every n-th step."""
     steps = sorted({row["step"] for row in samples}, reverse=True)
     n = math.ceil(len(samples) / MAX_ITEMS)
-    shown_steps = set(steps[::n])  # includes the last step
+    shown_steps = sorted(steps[::n])  # includes the last step
     about = (
         "The prompts and the random numbers are the same at every step, so only the policy changes. "
         "The advantage compares a completion with its group: above 0, training makes it more likely. "
         f"The page shows {len(shown_steps)} of {len(steps)} steps."
     )
-    parts = [f"<h2>Groups</h2>\n<p>{about}</p>\n"]
+    parts = [f"<h2>Groups</h2>\n<p>{about}</p>\n<div>"]  # the slider stays in view up to the end of the div
+    # hidden without JavaScript, where all groups are visible
+    list_of_steps = escape(" ".join(map(str, shown_steps)))
+    slider = f'<input type="range" max="{len(shown_steps) - 1}" value="0" data-steps="{list_of_steps}">'
+    parts.append(f'<p class="slider" hidden><label>step {slider} <output></output></label></p>\n')
 
     prompts = {}
     for row in samples:
@@ -538,12 +576,10 @@ def groups_html(folder: str, samples: list[dict]) -> str:
         parts.append("<article>")
         parts.append(question_html(first["question"], first["choices"], first["answer"]))
         parts.append(clips.player(first["audio"]))
-        # hidden without JavaScript, where all groups are visible
-        slider = f'<input type="range" max="{len(rows) - 1}" value="0"> <output></output>'
-        parts.append(f"<p hidden><label>step {slider}</label></p>\n")
         for row in rows:
             parts.append(group_html(row))
         parts.append("</article>\n")
+    parts.append("</div>\n")
     return "".join(parts)
 
 
