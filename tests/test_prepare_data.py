@@ -151,6 +151,8 @@ def test_check_names_everything_that_is_wrong(tmp_path, capsys):
         "options per question: 2: 6, 3: 1",
         "task: None: 4, music: 2, sound: 1",
         "1 rows have no answer: they can be predicted, but not trained on",
+        "right without listening: most frequent answer elsewhere 100.0%, longest option 53.3%, "
+        "chance 53.3% (5 questions)",
     ]
     printed = capsys.readouterr().out.replace(path, "PATH").replace(str(tmp_path), "FOLDER").splitlines()
     for line, pattern in zip(printed, expected, strict=True):
@@ -184,6 +186,33 @@ def test_check_finds_silence_and_options_that_the_rule_cannot_tell_apart(tmp_pat
     assert "2 clips are silent, or silent in channel 0, which is used" in out
     assert f"{path}:2: MMAU's rule cannot tell 'C# minor' from 'C minor'" in out
     assert f"{path}:2: MMAU's rule cannot tell '5 dB' from '-5 dB'" in out and out.count("cannot tell") == 2
+
+
+def test_check_tells_what_the_text_alone_gives_away(tmp_path, capsys):
+    """By hand: ties are shared, and a question does not count its own answer.
+
+    The answers that count are dog (twice), cat (twice), bee, a seal and bird; not the one that is no option.
+    """
+    write_tone(tmp_path / "a.wav", 1, 16_000, 1)
+    rows = [
+        (["dog", "cow", "pig"], "dog"),
+        (["Dog ", "a cat"], "dog"),
+        (["ant", "bee", "fly"], "bee"),
+        (["bird", "cat", "hen", "owl"], "cat"),
+        (["dog", "a seal"], "a seal"),
+        (["dog", "a seal"], "bird"),
+        (["bird", "ox"], "bird"),
+        (["emu", "cat"], "cat"),
+    ]
+    questions = [OWN | {"choices": choices, "answer": answer} for choices, answer in rows]
+    with pytest.raises(SystemExit):
+        prepare_data.check(write(tmp_path / "rows.jsonl", questions))
+    frequent = [1, 1, 1 / 3, 1 / 2, 0, 1 / 2, 1]
+    longest = [1 / 3, 0, 1 / 3, 0, 1, 1, 1 / 2]
+    chance = [1 / 3, 1 / 2, 1 / 3, 1 / 4, 1 / 2, 1 / 2, 1 / 2]
+    percent = [f"{100 * sum(values) / 7:.1f}%" for values in (frequent, longest, chance)]
+    guesses = f"most frequent answer elsewhere {percent[0]}, longest option {percent[1]}, chance {percent[2]}"
+    assert f"right without listening: {guesses} (7 questions)" in capsys.readouterr().out.splitlines()
 
 
 # ---------------------------------------------------------------- filter

@@ -502,6 +502,44 @@ def show_questions(examples: list[Example]) -> None:
     unanswered = sum(example.answer is None for example in examples)
     if unanswered:
         say(f"{unanswered} rows have no answer: they can be predicted, but not trained on")
+    show_guesses(examples)
+
+
+def show_guesses(examples: list[Example]) -> None:
+    """Print the accuracy of two models without ears, beside chance: what the text alone gives away.
+
+    One takes the option that is most often the answer to the other questions, one the longest option.
+    """
+    answers = []  # with the options of each question that has its answer among them
+    for example in examples:
+        options = [normalized(choice) for choice in example.choices]
+        if example.answer is not None and normalized(example.answer) in options:
+            answers.append((normalized(example.answer), options))
+    if not answers:
+        return
+
+    counts = Counter(answer for answer, _ in answers)
+    frequent = longest = chance = 0.0
+    for answer, options in answers:
+        counts[answer] -= 1  # a question must not tell its own answer
+        frequent += share_of_best(answer, options, [counts[option] for option in options])
+        counts[answer] += 1
+        longest += share_of_best(answer, options, [len(option) for option in options])
+        chance += share_of_best(answer, options, [0] * len(options))
+    n = len(answers)
+    guesses = f"most frequent answer elsewhere {frequent / n:.1%}, longest option {longest / n:.1%}"
+    say(f"right without listening: {guesses}, chance {chance / n:.1%} ({n} questions)")
+
+
+def normalized(text: str) -> str:
+    """A text without the differences that no listener hears: case, and space at the ends."""
+    return text.strip().lower()
+
+
+def share_of_best(answer: str, options: list[str], scores: list[float]) -> float:
+    """The chance that the option with the best score is the answer, if ties are broken at random."""
+    best = [option for option, score in zip(options, scores) if score == max(scores)]
+    return best.count(answer) / len(best)
 
 
 # ---------------------------------------------------------------- filter
