@@ -176,7 +176,7 @@ def test_decoding_follows_the_models_generation_config(folder, tmp_path, evaluat
 @pytest.mark.slow
 @pytest.mark.parametrize("limit, fsdp", [(12, False), (11, False), (11, True)])
 def test_two_processes_score_each_row_once(tmp_path, evaluation, flags, limit, fsdp):
-    flags = [*flags, "--limit", limit, "--batch_size", 4]
+    flags = [*flags, "--limit", limit, "--batch_size", 4, "--hearing", "--orders", 2]
     one, results_one = evaluation(*flags)
     launch("import evaluate; evaluate.main()", *flags, "--output", tmp_path / "two", fsdp=fsdp)
     assert len(one) == limit
