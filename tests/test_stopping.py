@@ -153,11 +153,17 @@ def test_a_step_that_stops_a_run_again_and_again_can_be_skipped(folder, tmp_path
     assert [line["step"] for line in lines if "eval_accuracy" in line] == [0, 2, 4, 5]
 
 
-@pytest.mark.parametrize("batches_before, saved", [(3, 2), (6, 4)], ids=["within", "at the end"])
+SIGNALS = {"with clips": (6, 2), "with silence": (9, 2), "at the end": (12, 4)}
+
+
+@pytest.mark.parametrize("batches_before, saved", SIGNALS.values(), ids=SIGNALS)
 def test_a_signal_during_an_evaluation_is_obeyed(
     folder, tmp_path, monkeypatch, own_data, reward_odd_lengths, batches_before, saved
 ):
-    """Between two of its batches (3 an evaluation, at steps 0, 2 and 4); the resumed run is the same run."""
+    """Between two of its batches; the resumed run is the same run.
+
+    An evaluation, at steps 0, 2 and 4, has 3 batches with clips and 3 with silence.
+    """
     flags = own_data | dict(max_steps=4, save_every=9, eval_data=str(folder / "test.jsonl"), eval_every=2)
     flags |= dict(eval_batch_size=4, eval_silence=False)
     run_script("train_grpo", folder, tmp_path / "whole", **flags)
