@@ -54,7 +54,10 @@ class Config:
 
 
 def make_model(size: str, device: str = "cpu", dtype: torch.dtype = torch.float32):
-    """A model with random weights: the real configuration ("7b"), or a small one of its proportions."""
+    """A model with random weights: the real configuration ("7b"), or a small one of its proportions.
+
+    "tiny" has other proportions: it only shows that code runs.
+    """
     if size == "7b":
         audio = Qwen2AudioEncoderConfig()
         text = Qwen2Config(
@@ -64,6 +67,18 @@ def make_model(size: str, device: str = "cpu", dtype: torch.dtype = torch.float3
             num_hidden_layers=32,
             num_attention_heads=32,
             num_key_value_heads=32,
+        )
+    elif size == "tiny":
+        audio = Qwen2AudioEncoderConfig(
+            encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=64, d_model=32
+        )
+        text = Qwen2Config(
+            vocab_size=800,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
         )
     else:
         audio = Qwen2AudioEncoderConfig(
@@ -118,7 +133,7 @@ def make_group(model, B: int, G: int, clip_seconds: int, completion_tokens: tupl
 
 def shared_sample(model, inputs, G: int, T: int):
     no_eos = [-1]
-    noise = torch.rand(1, G, T, device=model.device)
+    noise = torch.rand(len(inputs["input_ids"]), G, T, device=model.device)
     sample(model, inputs, no_eos, T, 1.0, noise)
 
 
@@ -181,9 +196,14 @@ def memory(model, logps, *args) -> int:
     return sum(sizes.values())
 
 
-def compare(model, G: int, clip_seconds: int, completion_tokens: tuple[int, int], repeats: int = 2) -> dict:
-    """Seconds and MiB of both ways and their ratios, as medians over repeats."""
-    inputs, ids, mask = make_group(model, 1, G, clip_seconds, completion_tokens)
+def compare(
+    model, G: int, clip_seconds: int, completion_tokens: tuple[int, int], repeats=2, prompts=1, updates=True
+) -> dict:
+    """Seconds and MiB of both ways and their ratios, as medians over repeats.
+
+    Without updates, nor their memory: four prompts, repeated, do not fit on a card with the 7B model.
+    """
+    inputs, ids, mask = make_group(model, prompts, G, clip_seconds, completion_tokens)
     with torch.no_grad():
         shared = shared_prompt_logps(model, inputs, ids, mask, 1.0)
         repeated = repeated_logps(model, inputs, ids, mask, 1.0)
@@ -203,8 +223,11 @@ def compare(model, G: int, clip_seconds: int, completion_tokens: tuple[int, int]
         model.zero_grad()
         logps_way(model, inputs, ids, mask, 1.0).sum().backward()
 
-    phases = {"prefill": prefill, "sample": sample_all, "score": score, "update": update}
+    phases = {"prefill": prefill, "sample": sample_all, "score": score}
+    if updates:
+        phases["update"] = update
     found = {
+        "prompts": prompts,
         "group_size": G,
         "clip_seconds": clip_seconds,
         "prompt_tokens": inputs["input_ids"].shape[1],
@@ -222,6 +245,8 @@ def compare(model, G: int, clip_seconds: int, completion_tokens: tuple[int, int]
         rounds = rounds[1:]  # the first is the warm-up
         found["seconds"][name] = {way: statistics.median(times[way] for times in rounds) for way in WAYS}
         found["ratio"][name] = statistics.median(times["repeated"] / times["shared"] for times in rounds)
+    if not updates:
+        return found
     for way, (_, logps) in WAYS.items():
         found["MiB"][way] = memory(model, logps, inputs, ids, mask, 1.0) / 2**20
     found["ratio"]["memory"] = found["MiB"]["repeated"] / found["MiB"]["shared"]
@@ -266,33 +291,39 @@ def measure_step(model, micro_batch: int, prompts: int = 16, prompt="answer", to
 
     Frees the model, because train_grpo.py loads it from a folder.
     """
-    is_on_gpu = model.device.type == "cuda"
     with tempfile.TemporaryDirectory() as folder:
-        processor = toy.make_processor(model.config.audio_config.num_mel_bins, seconds=30)
-        processor.save_pretrained(f"{folder}/model")
-        model.config.audio_token_id = processor.tokenizer.convert_tokens_to_ids(processor.audio_token)
-        model.save_pretrained(f"{folder}/model")
+        write_task(model, folder, prompts)
         free(model)  # train_grpo.py, a process of its own, needs the memory
-
-        with open(f"{folder}/train.jsonl", "w") as file:
-            for i in range(prompts):
-                clip = np.random.default_rng(i).uniform(-0.5, 0.5, 10 * SAMPLE_RATE)
-                soundfile.write(f"{folder}/{i}.wav", clip, SAMPLE_RATE)
-                row, _ = toy.make_question("source", np.random.default_rng(i))
-                file.write(json.dumps(row | {"audio": f"{i}.wav"}) + "\n")
-
-        flags = f"--model {folder}/model --data {folder}/train.jsonl --output {folder}/run"
-        flags += f" --lora_rank 16 --lr 1e-5 --prompts_per_step {prompts} --micro_batch {micro_batch}"
+        flags = f"--prompts_per_step {prompts} --micro_batch {micro_batch}"
         flags += f" --max_steps 3 --prompt {prompt} --max_new_tokens {tokens}"
-        script = Path(__file__).parent.parent / "train_grpo.py"
-        precision = {"ACCELERATE_MIXED_PRECISION": "bf16" if is_on_gpu else "no"}
-        subprocess.run([sys.executable, str(script), *flags.split()], env=os.environ | precision, check=True)
-        last = Path(f"{folder}/run/metrics.jsonl").read_text().splitlines()[-1]
-
-    metrics = json.loads(last)
+        metrics = train_steps(folder, "run", flags)[-1]
     found = {phase: metrics[f"seconds_{phase}"] for phase in ("sample", "score", "update")}
     found |= {"tokens": metrics["completion_tokens"], "memory_gb": metrics.get("memory_gb", 0.0)}
     return found | {"micro_batch": micro_batch, "prompt": prompt}
+
+
+def write_task(model, folder: str, prompts: int) -> None:
+    """Write the model, with a tokenizer, and questions about 10 s of noise to a folder."""
+    processor = toy.make_processor(model.config.audio_config.num_mel_bins, seconds=30)
+    processor.save_pretrained(f"{folder}/model")
+    model.config.audio_token_id = processor.tokenizer.convert_tokens_to_ids(processor.audio_token)
+    model.save_pretrained(f"{folder}/model")
+    with open(f"{folder}/train.jsonl", "w") as file:
+        for i in range(prompts):
+            clip = np.random.default_rng(i).uniform(-0.5, 0.5, 10 * SAMPLE_RATE)
+            soundfile.write(f"{folder}/{i}.wav", clip, SAMPLE_RATE)
+            row, _ = toy.make_question("source", np.random.default_rng(i))
+            file.write(json.dumps(row | {"audio": f"{i}.wav"}) + "\n")
+
+
+def train_steps(folder: str, run: str, flags: str) -> list[dict]:
+    """Train on a task of write_task with LoRA, in a process of its own; returns the lines of its metrics."""
+    flags = f"--model {folder}/model --data {folder}/train.jsonl --output {folder}/{run} {flags}"
+    flags += " --lora_rank 16 --lr 1e-5"
+    precision = {"ACCELERATE_MIXED_PRECISION": "bf16" if torch.cuda.is_available() else "no"}
+    script = Path(__file__).parent.parent / "train_grpo.py"
+    subprocess.run([sys.executable, str(script), *flags.split()], env=os.environ | precision, check=True)
+    return [json.loads(line) for line in Path(f"{folder}/{run}/metrics.jsonl").read_text().splitlines()]
 
 
 def needed_flops(model, G: int, clip_seconds: int, tokens: float, frames: int = 0) -> dict[str, float]:
