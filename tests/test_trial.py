@@ -29,6 +29,8 @@ def test_every_stage_runs_on_a_cpu(tmp_path):
     assert found["distribution"]["worst_sigma"] < 5
     assert found["lora"]["kl_at_step_0_is_0"] and found["lora"]["saved"]
     assert "skipped" in found["qlora"] or found["qlora"]["kl_at_step_0_is_0"]
+    assert found["lora"]["kl"] > 0 and found["lora"]["grad_norm"] > 0  # of the last step
+    assert found["fsdp"]["losses"][3] > 0
     assert found["fsdp"]["differences_after_resuming"] == [0, 0]
     assert found["decode"]["seconds_a_token"] > 0
     errors = [line for line in lines if "logps_max_error" in line]

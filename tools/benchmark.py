@@ -321,9 +321,39 @@ def train_steps(folder: str, run: str, flags: str) -> list[dict]:
     flags = f"--model {folder}/model --data {folder}/train.jsonl --output {folder}/{run} {flags}"
     flags += " --lora_rank 16 --lr 1e-5"
     precision = {"ACCELERATE_MIXED_PRECISION": "bf16" if torch.cuda.is_available() else "no"}
-    script = Path(__file__).parent.parent / "train_grpo.py"
-    subprocess.run([sys.executable, str(script), *flags.split()], env=os.environ | precision, check=True)
+    command = [sys.executable, write_script(folder), *flags.split()]
+    subprocess.run(command, env=os.environ | precision, check=True)
     return [json.loads(line) for line in Path(f"{folder}/{run}/metrics.jsonl").read_text().splitlines()]
+
+
+SCRIPT = """
+import sys
+
+sys.path.insert(0, {root!r})
+import torch
+
+import train_grpo
+from cli import parse, run_main
+
+
+def every_other(examples, texts, prompt):
+    G = len(texts[0])
+    return {{"every_other": (torch.arange(G) % 2).float().expand(len(texts), G)}}
+
+
+train_grpo.compute_rewards = every_other
+run_main(lambda: train_grpo.train(parse(train_grpo.Config, "")))
+"""
+
+
+def write_script(folder: str) -> str:
+    """Write train_grpo.py with a reward for every other completion; returns the script's path.
+
+    A random model is never right. Without a reward it would have no gradient, and would learn nothing.
+    """
+    path = f"{folder}/train.py"
+    Path(path).write_text(SCRIPT.format(root=str(Path(__file__).parent.parent)))
+    return path
 
 
 def needed_flops(model, G: int, clip_seconds: int, tokens: float, frames: int = 0) -> dict[str, float]:

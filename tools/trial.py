@@ -195,25 +195,26 @@ def fsdp(config: Config) -> None:
     if device() == "cuda":
         launcher = "-m accelerate.commands.launch --num_processes 1 --config_file"
         command += [*launcher.split(), str(ROOT / "fsdp.yaml")]
-    command += [str(ROOT / "train_grpo.py"), "--model", str(folder / "model")]
+    command += [benchmark.write_script(str(folder)), "--model", str(folder / "model")]
     command += ["--data", str(folder / "train.jsonl"), "--output", str(folder / "run")]
     flags = "--prompts_per_step 2 --group_size 2 --max_new_tokens 5 --max_steps 4 --save_every 2"
     command += [*flags.split(), "--keep_states", "9", "--lr", "1e-3"]
 
-    def losses() -> list[float]:
-        lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line)["loss"] for line in lines]
-
     subprocess.run(command, check=True)
-    first = losses()
+    first = read_losses(folder / "run")
     # make the finished run one that stopped after two steps
     (folder / "run" / "config.json").unlink()
     for path in (folder / "run").glob("checkpoint-4*"):
         shutil.rmtree(path)
     subprocess.run([*command, "--resume", "True"], check=True)
-    again = losses()
+    again = read_losses(folder / "run")
     differences = [abs(a - b) for a, b in zip(first, again)]
     write(config, fsdp2=device() == "cuda", losses=first, differences_after_resuming=differences[2:])
+
+
+def read_losses(run: Path) -> list[float]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
 
 
 def decode(config: Config) -> None:
