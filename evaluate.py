@@ -190,6 +190,8 @@ def log_held_out_accuracy(run: Run, step: int) -> None:
         silent = held_out_accuracy(run, silence=True)
         metrics["eval_accuracy_silent"] = silent
         text += f", with silence {silent:.1%}"
+    if run.signals:  # cut short: the resumed run measures it again
+        return
     announce(run, text)
     log_metrics(run, step, metrics)
 

@@ -165,7 +165,7 @@ def test_a_signal_during_an_evaluation_is_obeyed(
     An evaluation, at steps 0, 2 and 4, has 3 batches with clips and 3 with silence.
     """
     flags = own_data | dict(max_steps=4, save_every=9, eval_data=str(folder / "test.jsonl"), eval_every=2)
-    flags |= dict(eval_batch_size=4, eval_silence=False)
+    flags |= dict(eval_batch_size=4)
     run_script("train_grpo", folder, tmp_path / "whole", **flags)
     batches, plain = [], evaluate.answer
 
