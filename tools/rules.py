@@ -21,7 +21,7 @@ ALL_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 @dataclass
 class Score:
-    """What one rule makes of a file."""
+    """The result of one rule for a file of predictions."""
 
     right: int
     total: int
