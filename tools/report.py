@@ -55,7 +55,7 @@ td, th { padding: .2rem .6rem; text-align: left; vertical-align: top }
 .completion, td, h1, h3, li, [scope=row] { white-space: pre-wrap }
 .scroll, pre { overflow-x: auto }
 .scroll td { min-width: 7rem }
-.scroll [scope=row] { overflow-wrap: normal }
+.scroll [scope=row], section [scope=col] { overflow-wrap: normal }
 .curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); gap: 1rem }
 form, .slider { position: sticky; top: 0; margin: 0; padding: .5rem 0; background: Canvas }
 form { display: flex; flex-wrap: wrap; gap: .5rem 1rem }
@@ -296,7 +296,8 @@ PANELS = {
 NOT_DRAWN = ("step", "lr")
 NOTES = {  # {title of a panel: what to look for}
     "accuracy": "The held-out curve is the one that counts: the samples answer training questions.",
-    "KL to the reference": "It should rise from 0 and level off; if it does not, the policy is drifting.",
+    "KL to the reference": "It should rise from 0 and level off; if it does not, the policy is drifting. "
+    "With beta 0 it is not measured, and drawn as 0.",
     "reward": "A rise that accuracy does not share comes from the format, or from a flaw in the reward.",
     "completion length (tokens)": "If it jumps to the limit, or falls to almost 0, read the completions.",
     "share of truncated completions": "It should be near 0: a truncated completion often lacks its answer.",
