@@ -1,10 +1,10 @@
-"""Checkpoints: models that anyone can load, and the state from which a run resumes exactly.
+"""Checkpoints: models that anyone can load, and the state to resume a run exactly.
 
     python checkpoints.py runs/grpo-lora/checkpoint-500 --output merged    # merge adapters into their base
 
-A checkpoint is written under another name and renamed once complete. Its `state` folder holds tensors
-(safetensors) and JSON, no pickle. Data order, samples and dropout follow from seed and step, so no random
-state is saved. The `run` of these functions is the Run of training.py.
+A checkpoint is written under a temporary name and renamed once complete. Its `state` folder has tensors
+(safetensors) and JSON, no pickle. Seed and step determine data order, samples and dropout, so no RNG state
+is saved. The `run` argument of these functions is the Run of training.py.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def save_checkpoint(run, step: int) -> None:
             flush(partial)
             accelerator.wait_for_everyone()  # until all processes have written
             if accelerator.is_main_process:
-                shutil.rmtree(folder, ignore_errors=True)  # left by a run that was resumed from before it
+                shutil.rmtree(folder, ignore_errors=True)  # left over if the run resumed from an earlier step
                 os.replace(partial, folder)
                 for older in list_states(run.config.output)[: -run.config.keep_states]:
                     shutil.rmtree(os.path.join(older, "state"), ignore_errors=True)
@@ -62,7 +62,7 @@ def save_checkpoint(run, step: int) -> None:
 
 
 def save_final(run) -> None:
-    """Write the trained model to --output itself; with --merge also a merged one to its folder `merged`."""
+    """Write the trained model to --output; with --merge, also a merged one to its folder `merged`."""
     output = run.config.output
     partial = os.path.join(output, "final.partial")
     with located(f"{output}: the model cannot be saved"):
@@ -84,7 +84,7 @@ def save_model(run, folder: str) -> None:
     """Write what `from_pretrained` loads (peft's, for adapters), and run.json. Every process must call it."""
     accelerator = run.accelerator
     model = run.model
-    if run.adapters:  # gather what is trained, but not the base around it
+    if run.adapters:  # gather only the trained weights, not the base
         state_dict = {}
         for name, p in accelerator.unwrap_model(run.policy).named_parameters():
             if p.requires_grad:
@@ -96,7 +96,7 @@ def save_model(run, folder: str) -> None:
 
     state_dict = {name.removeprefix("model."): weight for name, weight in state_dict.items()}
     missing = run.saved_names - state_dict.keys()
-    if missing:  # a wrapper may have renamed them, and nobody could load the model
+    if missing:  # a wrapper may have renamed them; then nobody could load the model
         raise BadInput(f"{len(missing)} weights are missing from the state, first {min(missing)}")
     weights = {name: state_dict[name] for name in sorted(run.saved_names)}
     check_finite(weights.items())
@@ -109,14 +109,14 @@ def save_model(run, folder: str) -> None:
         model.save_pretrained(folder, state_dict=weights)
         parts = [getattr(model.config, name) for name in model.config.sub_configs]
         for config in (model.config, *parts):
-            config.dtype = dtype  # as the weights are stored, not as they were trained
+            config.dtype = dtype  # the dtype of the stored weights, not the one used in training
         model.config.save_pretrained(folder)
     run.processor.save_pretrained(folder)
     write_settings(run, folder)
 
 
 def write_settings(run, folder: str) -> None:
-    """Write run.json, from which evaluation takes the prompt, and the report the settings."""
+    """Write run.json. Evaluation reads the prompt from it, and the report reads the settings."""
     settings = asdict(run.config) | {"base_hash": run.base_hash}
     write_atomically(os.path.join(folder, "run.json"), json.dumps(settings, indent=2))
 
@@ -125,7 +125,7 @@ def names_to_save(model, adapters) -> set[str]:
     """Names of the weights in a checkpoint: the adapters, or all weights, tied ones by their first name."""
     names = {name for name, p in model.named_parameters() if p.requires_grad or not adapters}
     if not adapters:
-        names |= dict(model.named_buffers()).keys() & model.state_dict().keys()  # those that are saved
+        names |= dict(model.named_buffers()).keys() & model.state_dict().keys()  # only the persistent ones
     return names
 
 
@@ -153,7 +153,7 @@ def save_state(run, folder: str, step: int) -> None:
 
 
 def shard_of(accelerator) -> tuple[int, int]:
-    """Index and number of the shards of the state; without FSDP2 each process has all of it."""
+    """This process's shard of the state, and how many there are; without FSDP2, one shard is all of it."""
     return (accelerator.process_index, accelerator.num_processes) if accelerator.is_fsdp2 else (0, 1)
 
 
@@ -173,7 +173,7 @@ def resume_settings(run) -> dict:
 
 
 def flush(folder: str) -> None:
-    """Wait until all files in a folder are on disk: the machine may die, and not only the process."""
+    """Wait until all files in a folder are on disk: the machine may crash, not only the process."""
     for path in Path(folder).rglob("*"):
         if path.is_file():
             with suppress(FileNotFoundError), open(path, "rb+") as file:  # another process may rename it
@@ -186,10 +186,10 @@ MAX_PATCH_BYTES = 1_000_000
 
 
 def record_code(run) -> None:
-    """Write run.json, and to code.json which code makes the run from its first step on.
+    """Write run.json, and record in code.json which code the run uses from its first step on.
 
-    code.json is a list: a run that is resumed with other code gets another entry. The patch is the difference
-    to the commit, with new scripts. Nothing is recorded of the code outside a git checkout.
+    code.json is a list: resuming with different code adds an entry. The patch is the diff against the commit,
+    including new scripts. Outside a git checkout there is no commit or patch to record.
     """
     output = run.config.output
     write_settings(run, output)
@@ -221,7 +221,7 @@ def record_code(run) -> None:
 
 
 def git_state() -> tuple[str, str]:
-    """The commit of this checkout, and the difference to it, with new scripts; "" where there is no git."""
+    """The commit of this checkout and the diff against it, including new scripts; both "" without git."""
 
     def git(*words: str) -> str:
         folder = os.path.dirname(os.path.abspath(__file__))
@@ -245,7 +245,7 @@ def git_state() -> tuple[str, str]:
 
 
 def resume(run) -> int:
-    """The step to start with: 0, or with --resume that of the newest checkpoint, whose state is loaded."""
+    """The step to start at: 0, or with --resume the newest checkpoint's, whose state is loaded."""
     accelerator = run.accelerator
     output = run.config.output
     if not run.config.resume:
@@ -266,7 +266,7 @@ def resume(run) -> int:
     if accelerator.is_main_process:
         for partial in Path(output).glob("*.partial"):
             shutil.rmtree(partial, ignore_errors=True)
-        for name in ("metrics.jsonl", "samples.jsonl"):  # later steps will come again
+        for name in ("metrics.jsonl", "samples.jsonl"):  # later steps will be run again
             path = os.path.join(output, name)
             if os.path.exists(path):
                 write_rows(path, [line for line in read_log(path) if line["step"] < step])
@@ -275,14 +275,14 @@ def resume(run) -> int:
 
 
 def check_barely_begun(output: str) -> None:
-    """Raise BadInput unless the folder holds nothing but what a run leaves before its first checkpoint."""
+    """Raise BadInput if the folder has more in it than a run writes before its first checkpoint."""
     expected = {LOCK, "run.json", "code.json", "metrics.jsonl", "samples.jsonl"}
-    expected |= {"r1-aqa", "wandb"}  # of trackers
+    expected |= {"r1-aqa", "wandb"}  # written by trackers
     found = [name for name in sorted(os.listdir(output)) if name not in expected]
     found = [name for name in found if not name.endswith((".partial", ".patch"))]
     if found:
         raise BadInput(
-            f"--resume: {output} has no complete checkpoint, but {found[0]}; name another --output"
+            f"--resume: {output} has no complete checkpoint, but has {found[0]}; name another --output"
         )
 
 
@@ -294,12 +294,12 @@ def list_states(output: str) -> list[str]:
 
 
 def is_saved(run, step: int) -> bool:
-    """Whether there is a checkpoint of this step to resume from."""
+    """Whether there is a checkpoint to resume from for this step."""
     return os.path.exists(os.path.join(run.config.output, f"checkpoint-{step}", "state", "state.json"))
 
 
 def read_log(path: str) -> list[dict]:
-    """The lines of metrics.jsonl or samples.jsonl; without what a killed run left incomplete."""
+    """The lines of metrics.jsonl or samples.jsonl, except incomplete ones left by a killed run."""
     lines = []
     with suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as file:
         for text in file:
@@ -311,7 +311,7 @@ def read_log(path: str) -> list[dict]:
 
 
 def load_state(run, folder: str) -> int:
-    """Load what save_state wrote; returns the step. Raises BadInput if it is damaged or of another run."""
+    """Load what save_state wrote; returns the step. Raises BadInput if it is damaged or from another run."""
     with located(f"--resume: {folder}"):
         with open(os.path.join(folder, "state.json")) as file:
             state = json.load(file)
@@ -329,7 +329,7 @@ def load_state(run, folder: str) -> int:
                 value = tensors.pop(key)
                 if value.dim():  # a moment has the shape and the sharding of its parameter
                     moment = torch.zeros_like(p.data)
-                else:  # the number of steps: on the CPU, or beside the parameter if AdamW is fused
+                else:  # the step count: on the CPU, or on the parameter's device if AdamW is fused
                     moment = torch.zeros_like(value, device=p.device if run.fused_optimizer else "cpu")
                 copy_into(local_shard(moment), value)
                 run.optimizer.state[p][key.split()[0]] = moment
@@ -339,7 +339,7 @@ def load_state(run, folder: str) -> int:
 
 
 def copy_into(target: torch.Tensor, value: torch.Tensor) -> None:
-    """Copy a saved tensor. Raises BadInput for another shape, which copy_ would broadcast."""
+    """Copy a saved tensor. Raises BadInput if the shapes differ, since copy_ would broadcast."""
     if target.shape != value.shape:
         raise BadInput(f"is damaged: a tensor has the shape {list(value.shape)}, not {list(target.shape)}")
     target.copy_(value)
@@ -367,7 +367,7 @@ def check_same_run(run, state: dict) -> None:
 
 def merge(adapters: str, output: str) -> None:
     """Merge LoRA adapters into their base and write a plain model, in the base's dtype."""
-    output = os.path.normpath(output)  # without a slash at its end
+    output = os.path.normpath(output)  # drop a trailing slash
     base = base_of_adapters(adapters)
     if not base:
         raise BadInput(f"{adapters}: contains no LoRA adapters")
@@ -376,7 +376,7 @@ def merge(adapters: str, output: str) -> None:
     model, processor = load_model(base)
     dtype = model.dtype
     with located(adapters):
-        model = add_saved_adapters(model.float(), adapters)  # a sum in bf16 would lose the small adapters
+        model = add_saved_adapters(model.float(), adapters)  # adding in bf16 would lose the small updates
     model = model.merge_and_unload().to(dtype)
 
     partial = f"{output}.partial"

@@ -1,4 +1,4 @@
-"""The command line of every script: flags into settings, and bad input as one line."""
+"""The command line of every script: parse flags into settings, report bad input in one line."""
 
 import argparse
 import math
@@ -18,9 +18,9 @@ class BadInput(Exception):
 
 @contextmanager
 def located(location: str, errors=Exception):
-    """Turn an exception inside into a one-line BadInput for `location`: a file, a row, a model, a flag.
+    """Turn an exception in the block into a one-line BadInput for `location`: file, row, model or flag.
 
-    errors: the exceptions to turn; with BadInput itself, any other keeps its traceback.
+    errors: the exceptions to convert; with BadInput, all others keep their traceback.
     """
     try:
         yield
@@ -35,10 +35,10 @@ def run_main(main) -> None:
     """Call a script's main(). Bad input ends it with one line and exit status 1."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # the terminal may lack a character of the data
+            stream.reconfigure(errors="backslashreplace")  # the terminal may not support every character
 
-    # `accelerate launch` sets one thread per process, which leaves the other cores idle. With a GPU, too:
-    # loading, checking and hashing the weights is the CPU's work, and so are the features of the audio
+    # `accelerate launch` sets one thread per process, which leaves the other cores idle. It matters with a
+    # GPU too: the CPU loads, checks and hashes the weights and computes the audio features
     if torch.get_num_threads() == 1:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(max(1, os.cpu_count() // processes))
@@ -60,7 +60,7 @@ def printable(text: str) -> str:
 
 
 def progress_bar(iterable=None, **options) -> tqdm:
-    """tqdm, which in a log file writes a line a minute."""
+    """tqdm, but with only one line a minute in a log file."""
     return tqdm(iterable, mininterval=0.1 if sys.stderr.isatty() else 60, **options)
 
 

@@ -1,9 +1,9 @@
-"""Questions about sounds: rows of the known datasets, the three prompts, audio, batches.
+"""Questions about sounds: rows of the supported datasets, the three prompts, audio, batches.
 
-A row of any of these datasets becomes one `Example`; anything else is refused with file, row and reason:
+A row of any of these datasets becomes one `Example`; anything else is rejected with file, row and reason:
 
-    own JSON Lines       audio       question       choices       answer: the option's text
-    AVQA, as R1-AQA has  audio_path  question_text  multi_choice  answer: an index
+    your JSON Lines      audio       question       choices       answer: the option's text
+    AVQA, from R1-AQA    audio_path  question_text  multi_choice  answer: an index
     AVQA, original       video_name  question_text  multi_choice  answer: an index
     MMAU                 audio_id    question       choices       answer: text (Test has none)
     MMAR                 audio_path  question       choices       answer: text
@@ -53,17 +53,17 @@ class Example:
     location: str  # file and row, for messages
     problem: str = ""  # why the row cannot be used
     thought: str = ""  # the reasoning to imitate, for train_sft.py --prompt think
-    found_by_name: bool = False  # the clip was not at its path, but a file of the same name was found
+    found_by_name: bool = False  # the clip was not at its path, but a file with the same name was found
 
 
 # ---------------------------------------------------------------- rows
 
 
 def load_examples(path: str, audio_dir: str = "", for_training: bool = True) -> tuple[list[Example], str]:
-    """Examples of a JSON list or JSON Lines file, and the SHA-256 of the file.
+    """Examples from a JSON list or JSON Lines file, and the SHA-256 of the file.
 
     Training raises BadInput at the first row that cannot be used; evaluation keeps such a row, with its
-    problem. Clips are looked up in `audio_dir`, or beside the file; `check_audio` tests whether they exist.
+    problem. Clips are looked up in `audio_dir`, or next to the file; `check_audio` tests whether they exist.
     """
     rows, digest = read_rows(path)
     folder = audio_dir or os.path.dirname(path)
@@ -86,7 +86,7 @@ def load_examples(path: str, audio_dir: str = "", for_training: bool = True) -> 
 
 
 def read_rows(path: str) -> tuple[list[tuple[object, str]], str]:
-    """Rows of a JSON list or JSON Lines file, each with its location, and the SHA-256 of the file."""
+    """Rows from a JSON list or JSON Lines file, each with its location, and the SHA-256 of the file."""
     with located(path):
         content = Path(path).read_bytes()
         text = content.decode("utf-8-sig")
@@ -99,7 +99,7 @@ def read_rows(path: str) -> tuple[list[tuple[object, str]], str]:
     else:
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
-                with located(f"{path}:{number}: not JSON (a JSON list or one JSON object per line is read)"):
+                with located(f"{path}:{number}: not JSON (expected a JSON list or one JSON object per line)"):
                     rows.append((json.loads(line), f"{path}:{number}"))
     if not rows:
         raise BadInput(f"{path}: contains no rows")
@@ -107,7 +107,7 @@ def read_rows(path: str) -> tuple[list[tuple[object, str]], str]:
 
 
 def to_example(row: object, location: str, folder: str) -> Example:
-    """One row of any known dataset. Raises BadInput with the reason."""
+    """Convert one row of any supported dataset. Raises BadInput with the reason."""
     if not isinstance(row, dict):
         raise BadInput("not a JSON object")
 
@@ -129,7 +129,7 @@ def to_example(row: object, location: str, folder: str) -> Example:
     thought = row.get("thought")
     if not isinstance(thought, str):
         thought = ""
-    "\n".join([question, *choices, thought]).encode()  # half of a surrogate pair raises
+    "\n".join([question, *choices, thought]).encode()  # a lone surrogate raises
 
     answer = row.get("answer") if has_answer(row) else None
     if answer is not None:
@@ -141,10 +141,10 @@ def to_example(row: object, location: str, folder: str) -> Example:
 
 
 def as_shown(option: str) -> str:
-    """An option as a model can repeat it. Raises BadInput for characters that the prompt shows as escapes.
+    """An option that a model can repeat. Raises BadInput for characters that the prompt shows as escapes.
 
-    The prompt contains the options as a Python list, in which a non-breaking space or a tab is an escape,
-    while the reward compares characters: white space becomes plain spaces.
+    The prompt contains the options as a Python list, where a non-breaking space or a tab is an escape, but
+    the reward compares characters. So whitespace becomes plain spaces.
     """
     option = re.sub(r"\s", " ", option)
     for character in option:
@@ -230,7 +230,7 @@ def check_prompt(processor, example: Example, prompt: str) -> None:
     tokens = len(tokenizer(question_text(example, prompt))["input_ids"])
     if tokens > MAX_QUESTION_TOKENS:
         raise BadInput(f"the question has {tokens} tokens; the limit is {MAX_QUESTION_TOKENS}")
-    # only what comes from the row: for some tokenizers the <think> of the prompt is a token as well
+    # only text from the row: for some tokenizers the prompt's <think> is a token as well
     text = "\n".join([example.question, *example.choices, example.thought])
     for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
         if token in processor.special_ids:
@@ -247,14 +247,14 @@ def chat_text(processor, example: Example, prompt: str) -> str:
 
 # ---------------------------------------------------------------- audio
 
-# an MP3 frame that states the length of the file; and the beginning of another file, in one that was joined
+# XING: an MP3 frame with the length of the file. JOINT: the start of the next file, in files joined together
 XING_PATTERN = rb"\xff[\xe2-\xff]..\0{9}(?:\0{8}|\0{23})?(?:Xing|Info)"
 XING = re.compile(XING_PATTERN, re.DOTALL)
 JOINT = re.compile(rb"OggS\0[\2\6]|" + XING_PATTERN, re.DOTALL)
 
 
 class AudioStream(soundfile.SoundFile):
-    """A clip that is read until its decoder ends: headers claim too little, too much, or 2^63 samples.
+    """A clip, read until its decoder stops: headers can claim too few, too many, or 2^63 samples.
 
     source: the bytes, as a file.
     """
@@ -271,7 +271,7 @@ class AudioStream(soundfile.SoundFile):
         return False  # otherwise soundfile would stop where the header says
 
     def read_channel(self, channel: int, limit: float) -> np.ndarray:
-        """Samples (n,) float32 of one channel, `limit` at most."""
+        """Samples (n,) float32 of one channel, at most `limit`."""
         blocks = [np.zeros(0, np.float32)]
         count = 0
         while count < limit:
@@ -291,7 +291,7 @@ class AudioStream(soundfile.SoundFile):
 def open_audio(path: str, content: bytes | None = None) -> AudioStream:
     """Open a clip and read its header. Raises BadInput if it is not audio, under 0.1 s, or cut short.
 
-    content: the bytes of the clip, where `path` is only a name for messages.
+    content: the clip's bytes; then `path` is only used in messages.
     """
     if content is None and not os.path.isfile(path):
         raise BadInput(f"{path}: no such audio file")
@@ -299,7 +299,7 @@ def open_audio(path: str, content: bytes | None = None) -> AudioStream:
         source = open(path, "rb") if content is None else io.BytesIO(content)
         start = source.read(10)
         source.seek(0)
-        if start[:3] == b"ID3":  # a tag before the sound, whose bytes libsndfile would count as sound
+        if start[:3] == b"ID3":  # a tag before the audio, which libsndfile would count as audio
             tag_size = 10 + sum(byte << shift for byte, shift in zip(start[6:], (21, 14, 7, 0)))
             source = io.BytesIO(source.read()[tag_size:])
         try:
@@ -307,7 +307,7 @@ def open_audio(path: str, content: bytes | None = None) -> AudioStream:
         except soundfile.LibsndfileError as error:
             raise BadInput(f"cannot be read as audio ({error.error_string})") from None
         # libsndfile repairs a size that is too large and reports it only in its log. Sizes near 2 or 4 GiB
-        # come from a writer that could not know the length, such as a pipe
+        # come from a writer that could not know the length, such as one writing to a pipe
         claim = re.search(r"(?:data|SSND) : (\d+) \(should be (\d+)\)", file.extra_info)
         if claim and int(claim[2]) < 0.9 * int(claim[1]) < 1.9e9:
             raise BadInput(f"is cut short ({file.frames / file.samplerate:.1f} s remain)")
@@ -354,12 +354,12 @@ def decode_audio(path: str, content: bytes | None, channel: int, max_seconds: fl
 
 
 def load_audio(path: str, window: int | None = None, channel: int = 0) -> np.ndarray:
-    """Samples (n,) float32 at 16 kHz: channel 0, as R1-AQA (not a mean), resampled by soxr.
+    """Samples (n,) float32 at 16 kHz: channel 0, as in R1-AQA (not the mean), resampled by soxr.
 
     window: number of samples at 16 kHz that the model uses. A longer clip is read only that far, and n is
     then window + 1. Raises BadInput if the clip cannot be read.
     """
-    # one second more than the window, so that resampling does not see the cut
+    # one second more than the window, so that resampling is not affected by the cut
     max_seconds = math.inf if window is None else window // SAMPLE_RATE + 2
     wave, rate = decode_audio(path, None, channel, max_seconds)
     if not np.isfinite(wave).all():
@@ -370,12 +370,12 @@ def load_audio(path: str, window: int | None = None, channel: int = 0) -> np.nda
 
 
 def is_silent(wave: np.ndarray) -> bool:
-    """Whether a clip is digital silence, or below the last bit of 16."""
+    """Whether a clip is digital silence, or below the lowest bit of 16-bit audio."""
     return np.abs(wave).max(initial=0) < 2**-15
 
 
 def window_size(processor) -> int:
-    """Number of samples at 16 kHz that the model hears, at most 30 s."""
+    """The model's window in samples at 16 kHz, at most 30 s."""
     return min(MAX_WINDOW, processor.feature_extractor.n_samples)
 
 
@@ -385,7 +385,7 @@ def window_padding(processor) -> dict:
 
 
 def is_cut(processor, wave: np.ndarray) -> bool:
-    """Whether a clip is longer than the model hears."""
+    """Whether a clip is longer than the model's window."""
     return len(wave) > window_size(processor)
 
 
@@ -406,17 +406,17 @@ def make_inputs(processor, examples: list[Example], waves: list[np.ndarray], pro
     """Model inputs for B examples and their samples (n,) at 16 kHz.
 
     input_ids, attention_mask: (B, P), padded on the left. input_features: (B, mel bins, frames), log-mel,
-    10 ms a frame, always the whole window (30 s; longer clips are cut). feature_attention_mask: (B, frames),
-    1 where there is sound.
+    10 ms per frame, always the full window (30 s; longer clips are cut). feature_attention_mask: (B, frames),
+    0 on padding.
     """
     text = [chat_text(processor, example, prompt) for example in examples]
     audio = [wave[: window_size(processor)] for wave in waves]
     with torch.autocast("cpu", enabled=False):  # features are fp32, whatever the model computes in
         inputs = processor(
             text=text,
-            # not `audios=`: current transformers drop the old name, and the model would answer blind
+            # not `audios=`: current transformers ignores the old name, and the model would get no audio
             audio=audio,
-            # not a flat `padding=True`, which would reach the audio too
+            # not a flat `padding=True`, which would apply to the audio too
             text_kwargs={"padding": True},
             audio_kwargs={"sampling_rate": SAMPLE_RATE, **window_padding(processor)},
             return_tensors="pt",
@@ -425,7 +425,7 @@ def make_inputs(processor, examples: list[Example], waves: list[np.ndarray], pro
 
 
 def read_clip(processor, example: Example, prompt: str) -> np.ndarray:
-    """The samples of an example, as far as the model uses them. Raises BadInput with the location."""
+    """Read as much of an example's clip as the model needs. Raises BadInput with the location."""
     if example.problem:
         raise BadInput(example.problem)
     with located(example.location):
@@ -510,12 +510,12 @@ def decode(processor, eos_ids: list[int], ids: torch.Tensor, mask: torch.Tensor)
 
 
 def write_atomically(path: str, content: str | bytes | Iterable[str]) -> None:
-    """Write a file under another name, then rename it, so that no reader ever finds half of it."""
+    """Write a file under a temporary name, then rename it, so that no reader ever sees half a file."""
     parts = [content] if isinstance(content, (str, bytes)) else content
     with located(f"{path}: cannot be written"):
         with open(f"{path}.partial", "wb") as file:
             for part in parts:
-                # JSON can hold half of a surrogate pair and UTF-8 cannot: write it as JSON escapes it
+                # JSON can contain a lone surrogate, UTF-8 cannot: write it the way JSON escapes it
                 file.write(part if isinstance(part, bytes) else part.encode("utf-8", "backslashreplace"))
         os.replace(f"{path}.partial", path)
 

@@ -1,4 +1,4 @@
-"""Accuracy on MMAU, or on any file of questions, scored as the benchmark does, and how sure the number is.
+"""Accuracy on MMAU, or on any file of questions, scored as the benchmark does, with a 95 % interval.
 
 accelerate launch evaluate.py --model runs/grpo --data mmau-test-mini.json --audio_dir mmau --output runs/eval
 accelerate launch evaluate.py --checkpoints runs/grpo --data mmau-test-mini.json --audio_dir mmau  # the curve
@@ -36,7 +36,7 @@ from rewards import by_group, extract_answer, format_reward, judge, mmau_match, 
 from rewards import prediction_of, score, score_hearing, score_orders
 from training import Run, announce, log_metrics, warn_about_clips, warn_about_gpu
 
-# SHA-256 of the question files of MMAU Test-mini that are known. A converted file has another one
+# SHA-256 of the known question files of MMAU Test-mini. A converted file has a different one
 RELEASES = {
     "9f18fda99f8dbc2bc5ecd6323fb5063309f54969810b5c6f1caeb3b8d904cf1c": "MMAU Test-mini v05.15.25",
     "e8cc09223b497191781756212cb616315690aaa6ea7ac359db1b65d97d1e2433": "MMAU Test-mini v1, 25 March 2025",
@@ -47,22 +47,22 @@ RELEASES = {
 class Config:
     model: str = HfArg(default=DEFAULT_MODEL, help="hub name or folder of a supported model")
     data: str = HfArg(default="", help="questions: MMAU, MMAR, or any file that training takes")
-    audio_dir: str = HfArg(default="", help="folder of the clips; empty: beside the questions")
+    audio_dir: str = HfArg(default="", help="folder with the clips; empty: next to the questions")
     output: str = HfArg(default="", help="folder for the results; empty: runs/eval, or eval in --checkpoints")
     prompt: str = HfArg(default="", help="plain, answer or think; empty: the model's own, else answer")
-    decoding: str = HfArg(default="greedy", help="greedy; or model: sample as generation_config.json says")
-    silence: bool = HfArg(default=False, help="replace every clip by silence: what the text alone gives away")
-    hearing: bool = HfArg(default=False, help="answer also with silence, and with another question's clip")
-    orders: int = HfArg(default=0, help="answer under so many rotations of the options; 0: as in the file")
+    decoding: str = HfArg(default="greedy", help="greedy, or model: sample as set in generation_config.json")
+    silence: bool = HfArg(default=False, help="replace every clip with silence: how far the text alone gets")
+    hearing: bool = HfArg(default=False, help="also answer with silence and with another question's clip")
+    orders: int = HfArg(default=0, help="answer with this many rotations of the options; 0: as in the file")
     batch_size: int = HfArg(default=16, help="questions per forward pass")
-    load_in_4bit: bool = HfArg(default=False, help="keep the model in 4 bits, as QLoRA's training did")
+    load_in_4bit: bool = HfArg(default=False, help="keep the model in 4 bits, as in QLoRA training")
     max_new_tokens: int = HfArg(default=256, help="maximum length of an answer")
-    limit: int = HfArg(default=0, help="answer only the first so many questions; 0: all")
+    limit: int = HfArg(default=0, help="answer only this many questions, the first ones; 0: all")
     seed: int = HfArg(default=42, help="seed for --decoding model, and for the other clips of --hearing")
-    checkpoints: str = HfArg(default="", help="a training run: evaluate each checkpoint without results")
-    score: str = HfArg(default="", help="predictions of any model: only score them")
+    checkpoints: str = HfArg(default="", help="a training run: evaluate each checkpoint with no results yet")
+    score: str = HfArg(default="", help="a file of any model's predictions: only score it")
     compare: list[str] = HfArg(default_factory=list, help="two files of predictions: second minus first")
-    ask: str = HfArg(default="", help="one clip, to answer --question with one of --choices")
+    ask: str = HfArg(default="", help="one clip: answer --question about it with one of --choices")
     question: str = HfArg(default="", help="for --ask")
     choices: list[str] = HfArg(default_factory=list, help="for --ask")
 
@@ -75,7 +75,7 @@ class Questions:
     """A batch of B questions, ready for a model."""
 
     inputs: dict  # see make_inputs
-    cut: list[bool]  # whether the clip is longer than the model hears
+    cut: list[bool]  # whether the clip is longer than the model's window
     errors: list[str]  # why a row cannot be used; such a row becomes an empty question about silence
 
 
@@ -125,9 +125,9 @@ def answer(model, processor, questions: Questions, max_new_tokens: int, decoding
 def predict(
     config: Config, accelerator, model, processor, examples: list[Example], prompt: str, silence: bool
 ):
-    """A prediction for each example, in order; the processes share the work, and each returns all.
+    """A prediction for each example, in order; the processes share the work, and each returns them all.
 
-    silence: with silence of the same length in place of each clip.
+    silence: replace each clip with silence of the same length.
     """
     size = config.batch_size
     starts = list(range(0, len(examples), size))[accelerator.process_index :: accelerator.num_processes]
@@ -148,9 +148,9 @@ def predict(
 
 
 def with_other_clips(examples: list[Example], seed: int) -> list[Example]:
-    """Each question with the clip of another one, which has another answer. Which one is fixed by the seed.
+    """Each question with the clip of another question with a different answer, picked by the seed.
 
-    Raises BadInput if there is none. A row without an answer, or that cannot be used, stays as it is.
+    Raises BadInput if there is none. A row that has no answer or cannot be used stays as it is.
     """
     answered = [example for example in examples if not example.problem and example.answer is not None]
     sources = [example for example in answered if os.path.isfile(example.audio)]
@@ -173,7 +173,7 @@ def with_other_clips(examples: list[Example], seed: int) -> list[Example]:
 
 
 def with_rotated_options(examples: list[Example], shift: int) -> list[Example]:
-    """Each question with its options moved up by so many places; the first ones go to the end."""
+    """Each question with its options moved up by `shift` places; the first ones go to the end."""
     rotated = []
     for example in examples:
         choices = example.choices[shift:] + example.choices[:shift]
@@ -226,7 +226,7 @@ def held_out_accuracy(run: Run, silence: bool = False) -> float:
                 text = extract_answer(prediction.completion, config.prompt)
                 correct += mmau_match(text, example.answer, example.choices)
 
-    # the processes wait for each other here, so all of them raise together, and only now
+    # the processes wait for each other here, so errors are raised only now, by all of them together
     totals = torch.tensor([correct, float(problem is not None)], device=accelerator.device)
     correct, failures = accelerator.reduce(totals).tolist()
     if failures:
@@ -235,7 +235,7 @@ def held_out_accuracy(run: Run, silence: bool = False) -> float:
 
 
 def prompt_of(config: Config, model: str) -> str:
-    """--prompt, else the prompt that a checkpoint of ours was trained with, else the default."""
+    """--prompt, else the prompt that our checkpoint was trained with, else the default."""
     prompt = config.prompt or read_json(os.path.join(model, "run.json")).get("prompt", "answer")
     if prompt not in PROMPTS:
         raise BadInput(f"--prompt {prompt}: unknown, choose one of {', '.join(PROMPTS)}")
@@ -243,18 +243,18 @@ def prompt_of(config: Config, model: str) -> str:
 
 
 def four_bit_dtype(config: Config, device: torch.device) -> torch.dtype | None:
-    """The dtype to compute with 4-bit weights in; None without --load_in_4bit."""
+    """The compute dtype for 4-bit weights; None without --load_in_4bit."""
     if not config.load_in_4bit:
         return None
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def ask(config: Config) -> None:
-    """Answer one question about one clip on the terminal."""
+    """Answer one question about one clip in the terminal."""
     row = {"audio": config.ask, "question": config.question, "choices": config.choices}
     with located("--ask"):
         example = replace(to_example(row, "--ask", ""), audio=config.ask)
-        load_audio(example.audio)  # before the model is loaded
+        load_audio(example.audio)  # check it before loading the model
     prompt = prompt_of(config, config.model)
     device = Accelerator().device
     model, processor = load_model(config.model, four_bit_dtype=four_bit_dtype(config, device))
@@ -291,7 +291,7 @@ def evaluate(config: Config, accelerator, examples: list[Example], digest: str, 
     if config.hearing:
         with_silence = answer_all(examples, silence=True)
         with_other_clip = answer_all(others, silence=False)
-    rotations = [predictions]  # by the number of places that the options moved up
+    rotations = [predictions]  # rotations[k]: options moved up by k places
     for shift in range(1, config.orders):
         rotations.append(answer_all(with_rotated_options(examples, shift), config.silence))
 
@@ -313,7 +313,7 @@ def evaluate(config: Config, accelerator, examples: list[Example], digest: str, 
                 row["other_output"] = answer_of(with_other_clip[i])
                 row["other_audio"] = others[i].audio
             if config.orders:
-                # with fewer options than --orders, the last rotations are repetitions
+                # with fewer options than --orders, the last rotations are repeats
                 answers = [answer_of(rotation[i]) for rotation in rotations]
                 row["order_outputs"] = answers[: len(example.choices)]
             rows.append(row)
@@ -378,7 +378,7 @@ def evaluate_checkpoints(config: Config, accelerator, examples: list[Example], d
         if other:
             raise BadInput(f"{results.parent}: made with another {', '.join(other)}; name another --output")
 
-    accelerator.wait_for_everyone()  # until all processes have seen what there is
+    accelerator.wait_for_everyone()  # until all processes have seen which results exist
     for step in todo:
         accelerator.print(f"checkpoint-{step}")
         path = checkpoints[step]
@@ -391,7 +391,7 @@ def evaluate_checkpoints(config: Config, accelerator, examples: list[Example], d
 
 
 def show_curve(curve: dict[int, dict]) -> None:
-    """Print accuracy and interval of each step."""
+    """Print accuracy and interval for each step."""
     if not all(results["total"] for results in curve.values()):
         return
     best = max(curve, key=lambda step: curve[step]["accuracy"])
@@ -400,7 +400,7 @@ def show_curve(curve: dict[int, dict]) -> None:
         low, high = results["interval"]
         mark = "  <- best" if step == best else ""
         say(f"{step:>6} {results['accuracy']:8.1%}   {100 * low:5.1f} to {100 * high:5.1f}{mark}")
-    say("the best was chosen on the questions that score it, so it is optimistic: report the whole curve")
+    say("the best was picked on the questions it is scored on, so it is optimistic: report the whole curve")
 
 
 # ---------------------------------------------------------------- results
@@ -420,7 +420,7 @@ def write_json(path: str, value) -> None:
 
 
 def show(results: dict, target: str) -> None:
-    """Print the table, and what a reader of its numbers must know."""
+    """Print the table, and notes on how to read its numbers."""
 
     def show_line(name, part):
         low, high = part["interval"]
@@ -460,7 +460,7 @@ def show(results: dict, target: str) -> None:
         if len(unreadable) > 10:
             say(f"  ... all of them in {target}")
     if results.get("unparseable"):
-        say(f"{results['unparseable']:.1%} of the completions are not in the format that was asked for")
+        say(f"{results['unparseable']:.1%} of the completions are not in the format that the prompt asks for")
     if results.get("model"):
         silence = ", clips replaced by silence" if results["silence"] else ""
         say(f"model {results['model']}, prompt {results['prompt']}, decoding {results['decoding']}{silence}")
@@ -491,15 +491,15 @@ def show_audio_gain(hearing: dict) -> None:
 
 
 def show_option_order(orders: dict) -> None:
-    """Print what the order of the options changes."""
+    """Print how the order of the options affects accuracy."""
     low, high = orders["interval"]
     accuracy = f"{orders['accuracy']:.1%} ({100 * low:.1f} to {100 * high:.1f})"
     say(f"{orders['orders']} orders of the options, {orders['total']} questions: mean accuracy {accuracy}")
-    say(f"  answered alike in all orders: {orders['alike']:.1%}")
+    say(f"  same answer in all orders: {orders['alike']:.1%}")
     for place, part in orders["by_place"].items():
         low, high = part["interval"]
         interval = f"({100 * low:.1f} to {100 * high:.1f})"
-        say(f"  right option at place {place}: {part['accuracy']:.1%} {interval} of {part['total']}")
+        say(f"  right option at position {place}: {part['accuracy']:.1%} {interval} of {part['total']}")
 
 
 def count_missing(path: str, rows: list[tuple[dict, str]]) -> int:
@@ -511,7 +511,7 @@ def count_missing(path: str, rows: list[tuple[dict, str]]) -> int:
 
 
 def score_file(path: str) -> None:
-    """Score a file of predictions. Facts about the evaluation that made it stay in its results.json."""
+    """Score a file of predictions. What its results.json already says about the evaluation is kept."""
     rows, digest = read_rows(path)
     results = score(rows) | score_hearing(rows) | score_orders(rows)
     count_missing(path, rows)
@@ -535,7 +535,7 @@ QUESTION_KEYS += ("choices", "multi_choice", "answer", "unusable")
 
 
 def read_marks(path: str) -> dict[str, tuple[dict, bool | None]]:
-    """Rows of a file of predictions and whether they are correct, by what identifies their questions."""
+    """Rows of a file of predictions and whether they are correct, keyed by question."""
     marks = {}
     rows, _ = read_rows(path)
     for row, location in rows:
@@ -593,7 +593,7 @@ def main() -> None:
         raise BadInput(f"--decoding {config.decoding}: unknown, choose greedy or model")
     check_at_least(config, max_new_tokens=1, batch_size=1, limit=0, seed=0, orders=0)
     if config.hearing and config.silence:
-        raise BadInput("--hearing and --silence cannot be combined: --hearing measures silence, too")
+        raise BadInput("--hearing and --silence cannot be combined: --hearing already measures silence")
     if config.score:
         return score_file(config.score)
     if config.compare:
@@ -611,7 +611,7 @@ def main() -> None:
     target = os.path.join(output, "predictions.json")
     if not config.checkpoints and os.path.exists(target):
         raise BadInput(f"{target}: already exists; remove it or name another --output")
-    timeout = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # the processes end at different times
+    timeout = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # the processes finish at different times
     accelerator = Accelerator(kwargs_handlers=[timeout])
     warn_about_gpu(accelerator)
     if accelerator.is_main_process:

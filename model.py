@@ -1,7 +1,7 @@
-"""An audio language model as every script uses it: loading, LoRA, the policy, sampling, log-probs.
+"""The audio language model behind every script: loading, LoRA, the policy, sampling, log-probs.
 
-The completions o_1..o_G of a group share audio and prompt. `sample` and `shared_prompt_logps` compute both
-once per group. `repeated_logps` gives the same numbers in the plain, slow way, for tests and notebook.
+The completions o_1..o_G of a group share audio and prompt. `sample` and `shared_prompt_logps` process both
+once per group. `repeated_logps` gives the same numbers the plain, slow way, for the tests and the notebook.
 """
 
 import base64
@@ -29,11 +29,11 @@ from transformers import AutoProcessor, DynamicCache, PreTrainedConfig
 from cli import BadInput, located
 from data import SAMPLE_RATE, select_rows, window_padding
 
-# cuDNN would take every attention call on Hopper. It builds a plan for each new shape, and sampling and
-# packing make new shapes all the time; under a mask its backward pass gives nan at some lengths
+# On Hopper, cuDNN would handle every attention call. It builds a plan for each new shape, and sampling and
+# packing produce new shapes all the time; with a mask, its backward pass gives nan at some lengths
 # (github.com/pytorch/pytorch issue 196678, github.com/huggingface/trl issue 7181).
 torch.backends.cuda.enable_cudnn_sdp(False)
-# A KV cache that grows round by round fragments CUDA's memory otherwise; read when CUDA starts.
+# Without this, a KV cache that grows step by step fragments CUDA memory. CUDA reads it at startup.
 if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
     os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
@@ -57,11 +57,11 @@ FAMILIES = {
 
 
 def load_model(path: str, dtype="auto", four_bit_dtype=None):
-    """A model, whose class comes from its config, and its processor; adapters are loaded onto their base.
+    """Load a model, of the class that its config names, and its processor. Adapters go onto their base.
 
-    The model is exactly the one that was saved: every weight found, finite and used, and a tokenizer that
-    fits. Anything else raises BadInput. With a four_bit_dtype the matrices of the language model are stored
-    in 4 bits and computed with in this dtype (see four_bit_settings).
+    Raises BadInput unless the model is exactly the one that was saved: every weight found, finite and used,
+    and a tokenizer that matches. With a four_bit_dtype, the language model's matrices are stored in 4 bits
+    and computed in this dtype (see four_bit_settings).
     """
     if base := base_of_adapters(path):
         with located(f"{path}: the base of these adapters", BadInput):
@@ -85,15 +85,15 @@ def load_model(path: str, dtype="auto", four_bit_dtype=None):
         check_finite(model.named_parameters())
         check_tokenizer(processor, model)
         for module in model.modules():
-            # on a CPU bitsandbytes would pack a layer's weights at its first use in eval mode: a packed layer
-            # passes no gradient on, and its hash is another
+            # on CPU, bitsandbytes would pack a layer's weights at its first use in eval mode: a packed layer
+            # passes on no gradient, and its hash is different
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
     return model, processor
 
 
 def four_bit_settings(compute_dtype: torch.dtype) -> dict:
-    """What from_pretrained takes to store the language model's matrices in 4 bits, as QLoRA does.
+    """Arguments for from_pretrained to store the language model's matrices in 4 bits, as QLoRA does.
 
     Everything else stays as it is: audio encoder, projector, embeddings, LM head, and stacked experts.
     """
@@ -111,14 +111,14 @@ def four_bit_settings(compute_dtype: torch.dtype) -> dict:
 
 
 def family(path: str) -> str:
-    """The name in FAMILIES of a model's kind."""
+    """The key in FAMILIES of a model's family."""
     with located(path):
         config, _ = PreTrainedConfig.get_config_dict(path)
         if "model_type" not in config:
-            raise BadInput("no config.json of a model was found")
+            raise BadInput("no config.json was found")
         kind = str(config["model_type"]).removesuffix("_thinker")
         if kind not in FAMILIES:
-            raise BadInput(f"is a {kind} model; supported are {', '.join(FAMILIES)}")
+            raise BadInput(f"is a {kind} model; supported: {', '.join(FAMILIES)}")
     return FAMILIES[kind]
 
 
@@ -155,18 +155,18 @@ class VoxtralProcessor(transformers.VoxtralProcessor):
 
 
 def check_tokenizer(processor, model) -> None:
-    """Raise BadInput for a tokenizer that cannot spell, or whose tokens are not the model's."""
+    """Raise BadInput if the tokenizer cannot round-trip text, or its tokens are not the model's."""
     tokenizer = processor.tokenizer
     text = "Which one barks? <answer>the dog</answer>"
     if tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True).strip() != text:
-        raise BadInput(f"the tokenizer ({len(tokenizer)} tokens) cannot spell; is a file missing?")
+        raise BadInput(f"the tokenizer ({len(tokenizer)} tokens) cannot round-trip text; is a file missing?")
     embeddings = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > embeddings:
-        raise BadInput(f"the tokenizer has {len(tokenizer)} tokens, but the model {embeddings} embeddings")
+        raise BadInput(f"the tokenizer has {len(tokenizer)} tokens; the model has {embeddings} embeddings")
     placeholder = tokenizer.convert_tokens_to_ids(processor.audio_token)
     if placeholder != model.config.audio_token_id:
         ids = f"{placeholder} for the processor but {model.config.audio_token_id} for the model"
-        raise BadInput(f"the audio placeholder is token {ids}: it would answer without hearing")
+        raise BadInput(f"the audio placeholder is token {ids}: the model would get no audio")
 
 
 def check_finite(named_weights) -> None:
@@ -174,7 +174,7 @@ def check_finite(named_weights) -> None:
     for name, weight in named_weights:
         if not weight.is_floating_point() or weight.numel() == 0:
             continue
-        # one pass without copies, on 8 G values a minute faster than isfinite().all(); nan is passed on
+        # one pass without copies, a minute faster on 8e9 values than isfinite().all(); aminmax keeps nan
         smallest, largest = weight.aminmax()
         if not (smallest.isfinite() and largest.isfinite()):
             raise BadInput(f"{name} has values that are nan or inf")
@@ -190,14 +190,14 @@ def base_of_adapters(path: str) -> str | None:
 
 
 def add_saved_adapters(model, path: str):
-    """Put saved adapters into their base; returns peft's view of it. Raises BadInput if they do not fit."""
+    """Load saved adapters into their base; returns the PeftModel. Raises BadInput if they do not fit."""
     from peft import PeftModel, get_peft_model_state_dict
 
     settings = os.path.join(path, "run.json")
     if os.path.exists(settings):
         with open(settings) as file:
             settings = json.load(file)
-        # a hash of 4-bit weights says nothing about others: adapters may move between such bases unchecked
+        # 4-bit and other weights have different hashes: between such bases adapters can move unchecked
         is_comparable = settings.get("load_in_4bit", False) == getattr(model, "is_quantized", False)
         base_hash = settings.get("base_hash") if is_comparable else None
         if base_hash not in (None, weights_hash(model)):
@@ -212,9 +212,9 @@ def add_saved_adapters(model, path: str):
 
 
 def weights_hash(model) -> str:
-    """A short hash of the weights: the same for the same values, in bf16 as in fp32, on any device.
+    """A short hash of the weights: equal values give the same hash, in bf16 or fp32, on any device.
 
-    Of a model in 4 bits it is the hash of what was loaded, the 4-bit codes, and not that of the plain model.
+    For a 4-bit model it is the hash of the loaded 4-bit codes, not of the original weights.
     """
     hashes = {}
     for name, p in model.named_parameters():
@@ -227,7 +227,7 @@ def weights_hash(model) -> str:
 
 
 class Policy(nn.Module):
-    """The module that accelerate wraps. DDP and FSDP2 act in its forward, which computes log-probs."""
+    """The module that accelerate wraps. DDP and FSDP2 hook into its forward, which computes log-probs."""
 
     def __init__(self, model, temperature: float = 1.0):
         super().__init__()
@@ -241,7 +241,7 @@ class Policy(nn.Module):
         """Log-probs and entropies (B, G, T) of completions (B, G, T); 0 where mask is False."""
         logits = completion_logits(self.model, inputs, ids, mask, self.temperature)  # (n, V)
         logps = token_logps(logits, ids[mask])
-        # checkpoint keeps nothing for the backward pass, so the gradient costs only those who use it
+        # checkpoint stores no intermediate results, so the gradient costs nothing unless it is used
         entropy = checkpoint(token_entropy, logits, use_reentrant=False)
         return unflatten(logps, mask), unflatten(entropy, mask)
 
@@ -253,7 +253,7 @@ class Policy(nn.Module):
 def unsharded(policy):
     """Under FSDP2, keep all weights gathered inside the block.
 
-    Each forward gathers them otherwise, and while sampling the processes run unequal numbers of forwards.
+    Otherwise each forward pass gathers them, but in sampling the processes run different numbers of passes.
     """
     shards = [module for module in policy.modules() if isinstance(module, FSDPModule)]
     for module in shards:
@@ -268,10 +268,10 @@ def unsharded(policy):
 
 
 def load_policy(config, accelerator: Accelerator):
-    """The model to train, its processor, peft's view of it (None without LoRA), its weights' hash."""
+    """The model to train, its processor, its PeftModel (None without LoRA) and the hash of its weights."""
     if base_of_adapters(config.model):
         raise BadInput(f"{config.model}: contains LoRA adapters; merge them first (python checkpoints.py)")
-    # fp32: at a learning rate of 1e-6, bf16 weights would swallow the updates. LoRA's base is not trained
+    # fp32: at a learning rate of 1e-6, updates would round to nothing in bf16. LoRA does not train its base
     four_bit_dtype = None
     if config.load_in_4bit:
         four_bit_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
@@ -299,14 +299,14 @@ def load_reference(config, accelerator: Accelerator):
 
 
 def freeze(model, accelerator: Accelerator) -> None:
-    """Freeze all weights. Under bf16, matrices become bf16, as autocast would compute; the rest is fp32.
+    """Freeze all weights. With bf16, matrices become bf16, as autocast would cast them; the rest is fp32.
 
-    Weights in 4 bits stay as they are.
+    4-bit weights stay as they are.
     """
     seen = set()
     for module in model.modules():
         parameters = list(module.parameters(recurse=False))
-        # matrices of linear layers, and what convolutions and stacked experts have
+        # the matrices of linear layers, convolutions and stacked experts
         is_matrix = isinstance(module, nn.Linear) or any(p.ndim > 2 for p in parameters)
         for p in parameters:
             if not p.is_floating_point():
@@ -348,18 +348,18 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def add_lora(model, config):
-    """Put fp32 adapters into a frozen model; returns peft's view, which saves them and turns them off."""
+    """Add fp32 adapters to a frozen model; returns the PeftModel, which can save them and turn them off."""
     from peft import LoraConfig, get_peft_model
 
     parts = config.train or ["language"]
-    torch.manual_seed(config.seed)  # half of each adapter starts random
+    torch.manual_seed(config.seed)  # half of each adapter is initialized at random
     with located(f"--train {' '.join(parts)}"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
-        # list the layers by name: for MoE models peft would expand a pattern to the stacked experts
+        warnings.simplefilter("ignore", FutureWarning)  # peft uses an old transformers name
+        # list the layers by name: in MoE models, a pattern would make peft adapt the stacked experts too
         layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         targets = [name for name in layers if is_in(name, parts) and name != "lm_head"]
         if not targets:
-            raise BadInput("there is no linear layer for adapters")
+            raise BadInput("there are no linear layers to put adapters on")
         lora = LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_alpha,
@@ -373,16 +373,16 @@ def add_lora(model, config):
 
 
 def encode_audio(model, inputs: dict):
-    """Output of the audio encoder for B prompts, which can be cached while `encoder_is_frozen`.
+    """Output of the audio encoder for B prompts, which can be cached if `encoder_is_frozen`.
 
-    For Qwen2-Audio (B, S, D_audio), before its projector; for other models a tuple of (n, D), one per prompt.
+    For Qwen2-Audio (B, S, D_audio), before its projector; for others a tuple with one (n, D) per prompt.
     """
     kind = model.config.model_type
     if kind == "qwen2_audio":
         return encode_qwen2_audio(model, inputs)
     B = len(inputs["input_features"])
     if "qwen3" in kind and B > 1:
-        # one by one: its own code lets the end of a clip under 1 s change with the other clips of the batch
+        # one by one: its own code lets the other clips in a batch change the end of a clip under 1 s
         return tuple(encode_audio(model, select_rows(inputs, slice(b, b + 1)))[0] for b in range(B))
 
     wanted = inspect.signature(model.model.get_audio_features).parameters
@@ -395,7 +395,7 @@ def encode_audio(model, inputs: dict):
 
 
 def encode_qwen2_audio(model, inputs: dict) -> torch.Tensor:
-    """Qwen2-Audio's encoder output (B, S, D_audio): its own computation, but without the silent padding."""
+    """Qwen2-Audio's encoder output (B, S, D_audio): same as its own code, but without the silent padding."""
     tower = model.model.audio_tower
     frames = inputs["feature_attention_mask"].sum(-1)  # (B,) mel frames with sound
     convolved, _ = tower._get_feat_extract_output_lengths(frames)  # (B,) after stride 2
@@ -462,14 +462,14 @@ def additive_mask(visible: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
 
 
 def eos_tokens(model, processor) -> list[int]:
-    """Every id that ends a completion, for the generation config, the tokenizer or the chat template."""
+    """Every id that ends a completion in the generation config, the tokenizer or the chat template."""
     ids = model.generation_config.eos_token_id
     ids = ids if isinstance(ids, list) else [ids]
     return sorted({*ids, processor.tokenizer.eos_token_id, end_of_turn(processor)} - {None})
 
 
 def end_of_turn(processor) -> int:
-    """The id that ends the assistant's turn in the chat template: SFT teaches it at the end of an answer."""
+    """The id that ends the assistant's turn in the chat template; SFT appends it to each answer."""
     answer = {"role": "assistant", "content": [{"type": "text", "text": "ANSWER"}]}
     question = {"role": "user", "content": [{"type": "text", "text": "QUESTION"}]}
     text = processor.apply_chat_template([question, answer], tokenize=False)
@@ -480,7 +480,7 @@ def end_of_turn(processor) -> int:
 
 
 def completion_mask(ids: torch.Tensor, eos_ids: list[int]) -> torch.Tensor:
-    """(..., T), True up to and including the first EOS. By position: later tokens can be anything."""
+    """(..., T), True up to and including the first EOS. Goes by position: later tokens can be anything."""
     is_eos = torch.isin(ids, torch.tensor(eos_ids, device=ids.device)).long()
     return is_eos.cumsum(-1) - is_eos == 0
 
@@ -488,17 +488,17 @@ def completion_mask(ids: torch.Tensor, eos_ids: list[int]) -> torch.Tensor:
 def sampling_noise(seed: int, first: int, B: int, G: int, T: int) -> torch.Tensor:
     """Uniform numbers (B, G, T) in (0, 1] for prompts first..first+B-1 of the stream.
 
-    They belong to the prompt, so that a sample depends neither on the batch nor on the process.
+    They are tied to the prompt, so a sample depends neither on the batch nor on the process.
     """
     noise = []
     for k in range(first, first + B):
-        rng = np.random.default_rng((seed, k, 1))  # the 1 separates this seed from the data order's
+        rng = np.random.default_rng((seed, k, 1))  # the 1 keeps this seed apart from the data order's
         noise.append(1 - torch.from_numpy(rng.random((G, T), np.float32)))
     return torch.stack(noise)
 
 
 def draw(logits: torch.Tensor, u: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Tokens (B, G) of logits (B, G, V): the first whose cumulative probability reaches u (B, G)."""
+    """Tokens (B, G) drawn from logits (B, G, V): the first whose cumulative probability reaches u (B, G)."""
     # fp64, because fp32 sums of 156,000 terms are inexact; mps has no fp64
     dtype = torch.float32 if logits.device.type == "mps" else torch.float64
     cdf = torch.softmax(logits / temperature, dim=-1, dtype=dtype).cumsum(-1)
@@ -515,10 +515,10 @@ class SamplingCache(DynamicCache):
 
 @torch.no_grad()
 def sample(model, inputs: dict, eos_ids: list[int], max_new_tokens: int, temperature=1.0, noise=None):
-    """Completions of B prompts: ids (B, G, T), mask (B, G, T) True up to and including the first EOS.
+    """Completions for B prompts: ids (B, G, T), mask (B, G, T) True up to and including the first EOS.
 
     noise (B, G, max_new_tokens): a uniform number in (0, 1] for each token (see sampling_noise); without
-    noise decoding is greedy and G is 1. Raises BadInput if logits are nan or inf.
+    it, decoding is greedy and G is 1. Raises BadInput if logits are nan or inf.
 
     The KV cache holds each prompt once: its G completions are decoded side by side in one row, and the mask
     hides them from each other.
@@ -572,7 +572,7 @@ def sample(model, inputs: dict, eos_ids: list[int], max_new_tokens: int, tempera
 
 
 def repeated_logps(model, inputs: dict, ids: torch.Tensor, mask: torch.Tensor, temperature: float):
-    """The same as shared_prompt_logps, by the model's own forward on G copies of each prompt."""
+    """Same as shared_prompt_logps, but with the model's own forward on G copies of each prompt."""
     B, G, T = ids.shape
     P = inputs["input_ids"].shape[1]
     inputs = {name: value.repeat_interleave(G, 0) for name, value in inputs.items()}
@@ -586,7 +586,7 @@ def repeated_logps(model, inputs: dict, ids: torch.Tensor, mask: torch.Tensor, t
 def completion_logits(model, inputs: dict, ids: torch.Tensor, mask: torch.Tensor, temperature: float):
     """Logits / temperature (n, V), fp32, that predict the n tokens of B x G completions where mask is True.
 
-    One row per prompt, [prompt, o_1, ..., o_G], with no padding between. A completion sees the prompt and
+    One row per prompt, [prompt, o_1, ..., o_G], with no padding in between. A completion sees the prompt and
     itself, and its positions continue the prompt's, so each token sees what it would see in a row of its own:
 
         prompt p1 p2, o_1 = a1 a2, o_2 = b1      position 0 1 2 3 2      b1 sees p1 p2 b1
@@ -596,7 +596,7 @@ def completion_logits(model, inputs: dict, ids: torch.Tensor, mask: torch.Tensor
     P = prompt_mask.shape[1]
 
     # pack: the indices into G*T of each row's real tokens, in order, then filler up to N columns
-    # (G 2, T 3, mask 110 100: indices 0 1 3)
+    # (G = 2, T = 3, mask 110 100: indices 0 1 3)
     flat_mask = mask.flatten(1)  # (B, G*T)
     packed = (~flat_mask).long().argsort(dim=1, stable=True)[:, : flat_mask.sum(1).max()]  # (B, N)
     is_real = flat_mask.gather(1, packed)
@@ -604,7 +604,7 @@ def completion_logits(model, inputs: dict, ids: torch.Tensor, mask: torch.Tensor
     t = packed % T
     tokens = ids.flatten(1).gather(1, packed)
 
-    # segment: 0 for the prompt, 1..G for the completions, -1 for padding, which nothing real may see
+    # segment: 0 for the prompt, 1..G for the completions, -1 for padding, which no real token may see
     segment = torch.cat([prompt_mask.long() - 1, torch.where(is_real, completion + 1, -1)], 1)  # (B, P+N)
     position = torch.cat([prompt_positions(prompt_mask), prompt_mask.sum(1, keepdim=True) + t], 1)
     query = segment[:, :, None]
@@ -621,7 +621,7 @@ def completion_logits(model, inputs: dict, ids: torch.Tensor, mask: torch.Tensor
         use_cache=False,
     ).last_hidden_state  # (B, P+N, D)
 
-    # the column before a token predicts it; the prompt's last column predicts the first of every completion
+    # the column before a token predicts it; the prompt's last column predicts every first token
     previous = torch.arange(P, P + packed.shape[1], device=ids.device) - 1
     predictor = torch.where(t == 0, P - 1, previous)  # (B, N)
     hidden = hidden.gather(1, predictor[..., None].expand(-1, -1, hidden.shape[-1]))

@@ -1,7 +1,7 @@
-"""Rewards and scoring: pure functions of text, of rows with predictions, and of what was right and wrong.
+"""Rewards and scoring: pure functions of text, rows with predictions, and right/wrong marks.
 
-The reward of a completion is accuracy + format, each 0 or 1 (R1-AQA, arXiv 2503.11197). Both compare text
-with text; nothing is parsed as mathematics, which would take "Woman 1" for "Man 1".
+The reward of a completion is accuracy + format, each 0 or 1 (R1-AQA, arXiv 2503.11197). Both compare
+plain text; nothing is parsed as math, which would treat "Woman 1" and "Man 1" as equal.
 """
 
 import math
@@ -20,7 +20,7 @@ FORMATS = {
 
 
 def extract_answer(completion: str, prompt: str) -> str:
-    """The final answer: the first answer block, else (and for `plain`) the whole text; stripped."""
+    """The final answer, stripped: the first answer block, else (and for `plain`) the whole text."""
     block = None
     if prompt != "plain":
         block = re.search(r"<answer>(.*?)</answer>", completion, re.DOTALL)
@@ -33,10 +33,10 @@ def accuracy_reward(completion: str, answer: str, prompt: str) -> float:
 
 
 def format_reward(completion: str, prompt: str) -> float:
-    """1 if the completion is exactly what the prompt asked for, else 0; white space around blocks is ignored.
+    """1 if the completion is exactly what the prompt asked for, else 0; whitespace around blocks is ignored.
 
-    `answer`: one answer block. `think`: one think block, then one answer block. `plain`: text without such
-    tags. An empty block is not an answer.
+    `answer`: one answer block. `think`: one think block, then one answer block. `plain`: text without these
+    tags. Empty blocks do not count.
     """
     return float(re.fullmatch(FORMATS[prompt], completion, re.DOTALL) is not None)
 
@@ -62,7 +62,7 @@ def words(text: str) -> set[str]:
 
 # ---------------------------------------------------------------- scoring rows
 
-# columns of MMAU and, the last, of MMAR, by which accuracy is broken down
+# columns to break accuracy down by: those of MMAU and, last, one of MMAR
 GROUPS = ("task", "difficulty", "sub-category", "modality")
 
 
@@ -136,13 +136,13 @@ def score(rows: list[tuple]) -> dict:
 
 
 def score_hearing(rows: list[tuple]) -> dict:
-    """What the clip adds to accuracy, from rows that were answered with other clips (evaluate.py --hearing).
+    """What the clip adds to accuracy, from rows also answered without their clip (evaluate.py --hearing).
 
     Returns {"audio_gain": ...}: three accuracies and the two paired gains, overall and by task; {} if no row
-    has such answers. A row is left out if one of its three answers is missing, or the right one.
+    has such answers. A row is left out if one of its three answers or the right answer is missing.
     """
     only_rows = []
-    triples = []  # whether right with the clip, with silence, and with the clip of another question
+    triples = []  # whether it is right with the clip, with silence, and with another question's clip
     for row, location in rows:
         triple = None
         if isinstance(row, dict) and None not in (row.get("silence_output"), row.get("other_output")):
@@ -162,7 +162,7 @@ def score_hearing(rows: list[tuple]) -> dict:
 
 
 def gains(triples: list[tuple[bool, bool, bool]]) -> dict:
-    """Accuracy with the clip, with silence and with another clip, and the differences to the first."""
+    """Accuracy with the clip, with silence and with another clip, and the clip's gain over the others."""
     results = {"total": len(triples)}
     for i, name in enumerate(("clip", "silence", "other")):
         results[name] = tally([triple[i] for triple in triples])
@@ -173,14 +173,14 @@ def gains(triples: list[tuple[bool, bool, bool]]) -> dict:
 
 
 def score_orders(rows: list[tuple]) -> dict:
-    """What the order of the options changes, from rows answered in several orders (evaluate.py --orders).
+    """How the order of the options affects accuracy, from rows answered in several orders (--orders).
 
     Entry k of a row's order_outputs is the answer with the options moved up by k places. Returns
     {"option_order": ...}; {} if no row has such answers. A row that could not be read is left out.
     """
     means = []  # accuracy of each question over its orders
     alike = []
-    by_place = defaultdict(list)  # of the right option, counted from 1
+    by_place = defaultdict(list)  # place of the right option, counted from 1
     orders = 0
     for row, location in rows:
         outputs = row.get("order_outputs") if isinstance(row, dict) else None
@@ -215,7 +215,7 @@ def with_prediction(row: dict, text: str) -> dict:
 
 
 def tally(marks: list[bool]) -> dict:
-    """Accuracy with its interval; None for no marks."""
+    """Accuracy with its interval; None if there are no marks."""
     correct = sum(marks)
     total = len(marks)
     accuracy = correct / total if total else None
@@ -235,7 +235,7 @@ def by_group(rows: list[dict], values: list) -> dict[str, dict[str, list]]:
 
 # ---------------------------------------------------------------- uncertainty of an accuracy
 
-Z = 1.959964  # 95 % of a normal distribution lie within this many standard deviations
+Z = 1.959964  # 95 % of a normal distribution lies within this many standard deviations
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
@@ -248,7 +248,7 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
 
 
 def mean_interval(values: list[float]) -> tuple[float, float]:
-    """The 95 % interval of a mean of values from 0 to 1, by the normal distribution."""
+    """The 95 % interval of a mean of values from 0 to 1, by normal approximation."""
     n = len(values)
     mean = sum(values) / n
     variance = sum((value - mean) ** 2 for value in values) / max(1, n - 1)
@@ -257,9 +257,9 @@ def mean_interval(values: list[float]) -> tuple[float, float]:
 
 
 def mcnemar_p(b: int, c: int) -> float:
-    """Two-sided p-value if one model alone is right on b rows, the other on c (McNemar 1947).
+    """Two-sided p-value if only one model is right on b rows, and only the other on c (McNemar 1947).
 
-    Exact up to 1,000 such rows; above, the normal approximation with continuity correction (Edwards 1948).
+    Exact up to 1,000 such rows, then the normal approximation with continuity correction (Edwards 1948).
     """
     if b + c > 1000:
         z = max(0, abs(b - c) - 1) / math.sqrt(b + c)

@@ -1,6 +1,6 @@
 """The offline toy: synthetic questions about synthetic sounds, and a tiny Qwen2-Audio to answer them.
 
-    python toy.py    # writes runs/toy: sounds, questions, and `base`, a model that is right half of the time
+    python toy.py    # writes runs/toy: sounds, questions, and `base`, a model that is right half the time
 
 The files have the format of the real datasets, and the model is a real Qwen2-Audio with 1.0 M parameters and
 a window of 2 s, so everything else is the real code. The questions cover MMAU's three tasks, two kinds each.
@@ -36,7 +36,7 @@ N_TEST = 300
 
 
 def envelope(n: int, decay: float = 0.0) -> np.ndarray:
-    """Loudness (n,) of a sound that fades as exp(-decay * seconds), with soft ends of 10 ms."""
+    """Loudness (n,) of a sound that fades as exp(-decay * seconds), with 10 ms fades at both ends."""
     t = np.arange(n) / SAMPLE_RATE
     ends = np.minimum(1, np.minimum(t, t[::-1]) / 0.01)
     return ends * np.exp(-decay * t)
@@ -118,10 +118,10 @@ def voice(vowel: str, contour: str, rng) -> np.ndarray:
     x = np.linspace(0, 1, n)
     contours = {"rising": x, "falling": 1 - x, "rising then falling": 1 - abs(2 * x - 1), "flat": 0 * x + 0.5}
     pitch = rng.uniform(130, 160) * 2 ** (contours[contour] * rng.uniform(1.3, 1.6))
-    # an overtone is the louder, the nearer it is to a formant
+    # the nearer an overtone is to a formant, the louder it is
     distance = np.arange(1, 20)[:, None] * pitch.mean() - VOWELS[vowel]  # (19, 2), Hz
     amplitudes = (1 / (1 + (distance / 120) ** 2)).sum(1) + 0.02
-    amplitudes[0] += 2  # the pitch itself stays audible
+    amplitudes[0] += 2  # keeps the fundamental audible
     return tone(pitch, amplitudes) * envelope(n)
 
 
@@ -140,7 +140,7 @@ KINDS = {  # kind: task, ways to ask, answers
     "vowel": ("speech", ["Which vowel is spoken?", "Which vowel does the voice say?"], list(VOWELS)),
     "intonation": ("speech", ["How does the voice move?", "What is the intonation of the voice?"], CONTOURS),
 }
-# a short reason for each answer, in words that the tokenizer of the toy can spell
+# a short reason for each answer, in words that the toy's tokenizer knows
 THOUGHTS = {
     "siren": "a tone that moves slowly", "engine": "a low hum", "rain": "noise all the time",
     "bell": "a tone that fades", "bird": "a tone that moves fast", "knocking": "noise again and again",
@@ -202,7 +202,7 @@ SPECIAL = ["<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_
 
 
 def make_processor(mels: int, seconds: int) -> Qwen2AudioProcessor:
-    """A processor for a window of so many seconds, whose tokenizer is trained on the toy's questions."""
+    """A processor with a window of `seconds` and a tokenizer trained on the toy's questions."""
     texts = ["system\nYou are a helpful assistant.\n", "user\nAudio 1: \n", "assistant\n"]
     for _, ways_to_ask, answers in KINDS.values():
         for question in ways_to_ask:
@@ -243,7 +243,7 @@ def make_model(folder: str, seed: int) -> None:
     angle = torch.arange(SECONDS * 50)[:, None] * torch.logspace(0, -4, audio.d_model // 2)
     model.model.audio_tower.embed_positions.weight.data = torch.cat([angle.sin(), angle.cos()], 1)
 
-    # as Qwen2-Audio-7B-Instruct has it: the sampler must ignore all of it, except for the ids
+    # same as in Qwen2-Audio-7B-Instruct: the sampler must ignore all of it except the ids
     model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=0.7,
@@ -265,7 +265,7 @@ TRAINING = "--lr 4e-4 --max_steps 400 --max_new_tokens 16 --eval_every 50 --save
 
 
 def run_script(name: str, flags: str, log: str = "", share: int = 1) -> None:
-    """Run a script of this folder as a single process, even where a launcher started several of this one.
+    """Run a script in this folder as a single process, even if a launcher started several of this one.
 
     log: file for the output; empty: the terminal. share: number of scripts that share the cores. Raises
     BadInput if the script fails.
@@ -311,7 +311,7 @@ def make() -> None:
 
 
 def toy_flags(method: str, config: TrainConfig) -> list[str]:
-    """The flags of train_<method>.py for the toy: its own, and on top the user's, parsed into `config`.
+    """The flags of train_<method>.py for the toy: its own, overridden by the user's (parsed in `config`).
 
     Makes the toy if it is missing, and removes the previous run unless it is to be resumed.
     """
@@ -337,7 +337,7 @@ def toy_flags(method: str, config: TrainConfig) -> list[str]:
 
 
 def merge_flags(words: list[str]) -> list[str]:
-    """The same flags, each named once: the last one counts."""
+    """The same flags, each only once: the last one wins."""
     flags = {}
     for word in words:
         if word.startswith("--"):
@@ -349,12 +349,12 @@ def merge_flags(words: list[str]) -> list[str]:
 
 
 def start_model(method: str, prompt: str) -> str:
-    """The toy's model that a run starts from: GRPO with thoughts needs one that has seen thoughts."""
+    """The toy's model that a run starts from: GRPO with thoughts needs one trained on thoughts."""
     return "thinker" if method == "grpo" and prompt == "think" else "base"
 
 
 def batch_flags(prompts_per_step: int, processes: int) -> str:
-    """Split the prompts of a step evenly: the number of processes may be any, even above that of prompts."""
+    """Split the prompts of a step evenly, for any number of processes, even more than there are prompts."""
     per_process = max(1, prompts_per_step // processes)
     return f"--prompts_per_step {per_process * processes} --micro_batch {per_process}"
 
@@ -371,7 +371,7 @@ def make_missing(model: str) -> None:
 
 
 def remove_run(output: str) -> None:
-    """Remove a finished or interrupted run. Raises BadInput if the run is still going on."""
+    """Remove a finished or interrupted run. Raises BadInput if the run is still going."""
     if os.path.isdir(output):
         lock = lock_folder(output)
         shutil.rmtree(output, ignore_errors=True)

@@ -4,7 +4,7 @@
     accelerate launch --config_file fsdp.yaml train_grpo.py \\
         --model Qwen/Qwen2-Audio-7B-Instruct --data avqa_train.jsonl --output runs/grpo    # the paper's run
 
-One step takes `prompts_per_step` questions q, each with its audio, shared among all processes:
+One step takes `prompts_per_step` questions q, each with its audio, split across all processes:
 
     1. sample      o_1..o_G ~ pi_old(. | q)                      a group of G completions
     2. reward      r_i = accuracy + format,  A_i = (r_i - mean(r)) / (std(r) + 1e-4)
@@ -40,12 +40,12 @@ class Config(TrainConfig):
     group_size: int = HfArg(default=8, help="G, the number of completions per prompt")
     temperature: float = HfArg(default=1.0, help="softmax temperature, for sampling and for log-probs")
     num_iterations: int = HfArg(
-        default=1, help="updates per batch of completions; with 1 clipping does nothing"
+        default=1, help="updates per batch of completions; at 1, clipping has no effect"
     )
-    beta: float = HfArg(default=0.04, help="KL coefficient; 0 loads no reference, and kl is logged as 0")
+    beta: float = HfArg(default=0.04, help="KL coefficient; 0: no reference is loaded, kl is logged as 0")
     epsilon: float = HfArg(default=0.2, help="the ratio is clipped to 1 - epsilon .. 1 + epsilon")
-    sample_batch: int = HfArg(default=0, help="prompts sampled together, which bounds the KV cache; 0: all")
-    samples_every: int = HfArg(default=50, help="write samples.jsonl every this many steps; 0: never")
+    sample_batch: int = HfArg(default=0, help="prompts sampled at a time, to bound the KV cache; 0: all")
+    samples_every: int = HfArg(default=50, help="steps between writes to samples.jsonl; 0: never")
 
 
 # ---------------------------------------------------------------- rewards, advantages, loss
@@ -78,7 +78,7 @@ def completion_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def grpo_loss(logps, old_logps, ref_logps, advantages, mask, epsilon: float, beta: float):
-    """The loss, a scalar, and values (B, G, T) for metrics (arXiv 2402.03300, eq. 3 and 4).
+    """The scalar loss, and (B, G, T) values for metrics (arXiv 2402.03300, eq. 3 and 4).
 
     logps, old_logps, ref_logps, mask: (B, G, T); advantages: (B, G). ref_logps may be None if beta is 0.
     """
@@ -112,10 +112,10 @@ def train(config: Config) -> None:
     run = setup(config, config.temperature, with_reference=config.beta > 0)
     accelerator = run.accelerator
     device = accelerator.device
-    batches = read_batches(run)  # one for each step that is left, prepared ahead by a thread
+    batches = read_batches(run)  # one for each remaining step, prepared ahead in a thread
     with stop_together(run, run.first_step):
         fixed_prompts = read_fixed_prompts(run)
-    warned = False  # of truncated completions
+    warned = False  # about truncated completions
     progress = progress_bar(
         initial=run.first_step, total=config.max_steps, disable=not accelerator.is_main_process
     )
@@ -139,7 +139,7 @@ def train(config: Config) -> None:
 
         started = now()
         with stop_together(run, step):
-            batch = next(batches)  # this process's B prompts; a clip that is skipped has been replaced
+            batch = next(batches)  # this process's B prompts; skipped clips are already replaced
         if step in config.skip_steps:
             announce(run, f"step {step}: skipped (listed in --skip_steps)")
             progress.update()
@@ -157,7 +157,7 @@ def train(config: Config) -> None:
         total_reward = sum(rewards.values())
         advantages = group_advantages(total_reward).to(device)
 
-        # 3. log-probs under the reference, without gradients: the model as it was before training. Under LoRA
+        # 3. log-probs under the reference, the model as it was before training, without gradients. Under LoRA
         # that is the policy with its adapters off
         ref_logps = None
         if config.beta > 0:
@@ -185,10 +185,10 @@ def train(config: Config) -> None:
                 sync_gradients = rows == run.micro_batches[-1] or accelerator.is_fsdp2
                 with nullcontext() if sync_gradients else accelerator.no_sync(run.policy):
                     with accelerator.autocast():
-                        # entropy needs no gradient, but has one: for a bonus, subtract it from the loss
+                        # entropy is only logged, but has a gradient: for a bonus, subtract it from the loss
                         logps, entropy = run.policy(select_rows(batch.inputs, rows), ids[rows], mask[rows])
                     if iteration == 0:
-                        # The policy has not changed since sampling, so pi_old is pi (but for LoRA dropout).
+                        # The policy has not changed since sampling, so pi_old is pi (up to LoRA dropout).
                         # The ratio is 1, and its gradient is that of log pi: REINFORCE plus the KL term
                         old_logps[rows] = logps.detach()
                     loss, token_values = grpo_loss(
@@ -209,14 +209,14 @@ def train(config: Config) -> None:
                     token_sums[name] = token_sums.get(name, 0.0) + (values * mask[rows]).sum()
             step_loss += sum(losses) / config.num_iterations
 
-            # clips in place, and returns the norm that the gradient had before
+            # clips in place and returns the norm from before clipping
             grad_norm = float(accelerator.clip_grad_norm_(run.policy.parameters(), 1.0))
             # check_update raises if a loss or the gradient is nan or inf. After the first iteration the step
             # is partly done, so there is no clean state to save
             with stop_together(run, step, can_save=iteration == 0):
                 check_update(run, step, batch, losses, grad_norm)
             run.optimizer.step()
-            # DDP's gradients are views into its buckets; set to None, they would be allocated again
+            # DDP's gradients are views into its buckets; setting them to None would allocate them again
             run.optimizer.zero_grad(set_to_none=not isinstance(run.policy, DistributedDataParallel))
         updated = now()
 
@@ -225,12 +225,12 @@ def train(config: Config) -> None:
             **{f"reward_{name}": part.mean() for name, part in rewards.items()},
             **completion_metrics(run, texts, ids, mask, total_reward),
             "loss": step_loss,
-            # means over all tokens of the step, whatever mean the loss takes
+            # means over all tokens of the step, however the loss averages
             **token_means(run, token_sums, mask.sum() * config.num_iterations),
             "grad_norm": grad_norm,
             "lr": run.optimizer.param_groups[0]["lr"],
             **batch.metrics,  # clips that were cut or skipped
-            "seconds_sample": sampled - started,  # and waiting for the batch
+            "seconds_sample": sampled - started,  # includes waiting for the batch
             "seconds_score": scored - sampled,  # rewards and reference
             "seconds_update": updated - scored,
         }
@@ -240,7 +240,7 @@ def train(config: Config) -> None:
         with stop_together(run, step + 1):
             log_metrics(run, step, metrics)
         if metrics["truncated"] > 0.5 and not warned:
-            announce(run, f"step {step}: more than half of the completions do not end by --max_new_tokens")
+            announce(run, f"step {step}: more than half of the completions are cut off at --max_new_tokens")
             warned = True
         names = ("reward", "reward_accuracy", "kl", "entropy")
         progress.set_postfix({name: f"{metrics[name]:.3g}" for name in names if name in metrics})
@@ -255,14 +255,14 @@ def train(config: Config) -> None:
 def sample_groups(run: Run, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Sample G completions for each prompt of the batch: ids and mask (B, G, T).
 
-    If the audio encoder is frozen, its output is added to batch.inputs, for scoring and update.
+    If the audio encoder is frozen, its output is added to batch.inputs and reused in scoring and the update.
     """
     config = run.config
     B, G, T = len(batch.examples), config.group_size, config.max_new_tokens
-    # one random number per token, fixed by the seed and the prompt's place in the run's stream of prompts, so
-    # that a sample depends neither on the batch nor on the number of processes
+    # one random number per token, determined by the seed and the prompt's position in the run's stream of
+    # prompts, so samples depend neither on the batch nor on the number of processes
     noise = sampling_noise(config.seed, batch.first, B, G, T).to(run.accelerator.device)
-    n = config.sample_batch or B  # prompts that are sampled together
+    n = config.sample_batch or B  # prompts sampled at a time
     parts = []
     run.policy.eval()
     with torch.no_grad(), run.accelerator.autocast(), unsharded(run.policy):
@@ -273,7 +273,7 @@ def sample_groups(run: Run, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
             with located(f"batch of {locations(batch.examples[rows])}", BadInput):
                 parts.append(sample(run.model, inputs, run.eos_ids, T, config.temperature, noise[rows]))
 
-    # a part is as long as its longest completion: pad to the longest of all
+    # each part is as long as its longest completion: pad all to the longest part
     T = max(ids.shape[2] for ids, _ in parts)
     ids = [pad(ids, (0, T - ids.shape[2]), value=run.eos_ids[0]) for ids, _ in parts]
     mask = [pad(mask, (0, T - mask.shape[2]), value=False) for _, mask in parts]
@@ -287,7 +287,7 @@ def completion_metrics(run: Run, texts: list[list[str]], ids, mask, rewards) -> 
     has_ended = torch.isin(ids, torch.tensor(run.eos_ids, device=ids.device)).any(-1)  # (B, G)
     metrics = {
         "reward_std": reward_std.mean(),
-        "zero_std_groups": (reward_std == 0).float().mean(),  # all advantages are 0: only the KL acts
+        "zero_std_groups": (reward_std == 0).float().mean(),  # all advantages are 0: only KL has a gradient
         "completion_tokens": lengths.mean(),
         "truncated": (~has_ended).float().mean(),
         "unique_completions": sum(len(set(group)) for group in texts) / len(texts),  # per group, 1 to G
@@ -310,7 +310,7 @@ def read_fixed_prompts(run: Run) -> Batch:
 
 
 def write_samples(run: Run, batch: Batch, step: int) -> None:
-    """Sample the fixed prompts, append the groups to samples.jsonl and print one: no update is made here.
+    """Sample the fixed prompts, append the groups to samples.jsonl and print one, without an update.
 
     Prompts and random numbers are the same every time, so any change comes from the policy.
     """

@@ -4,9 +4,9 @@
     accelerate launch --config_file fsdp.yaml train_sft.py \\
         --model Qwen/Qwen2-Audio-7B-Instruct --data avqa_train.jsonl --output runs/sft    # or --lora_rank 16
 
-The loss is the mean of -log pi(token | audio, prompt, tokens before) over all answer tokens of a step (of
-thought and answer with `--prompt think`). The log-probs are GRPO's, with a group of one: same prompts, same
-data order, same flags where they mean the same.
+The loss is the mean of -log pi(token | audio, prompt, previous tokens) over all answer tokens of a step
+(thought and answer tokens with `--prompt think`). Log-probs are computed as in GRPO, with groups of one.
+Prompts and data order are the same too, and so are the flags that mean the same thing.
 """
 
 import math
@@ -30,14 +30,14 @@ from training import mean_over_processes, now, read_batches, setup, stop_togethe
 @dataclass
 class Config(TrainConfig):
     output: str = HfArg(default="runs/sft", help="folder for metrics, checkpoints and the final model")
-    prompt: str = HfArg(default="answer", help="plain, answer, or think if each row has a thought to imitate")
-    lr: float = HfArg(default=1e-5, help="AdamW's learning rate at the start, decaying linearly to 0")
+    prompt: str = HfArg(default="answer", help="plain or answer; think if each row has a thought to imitate")
+    lr: float = HfArg(default=1e-5, help="initial AdamW learning rate, decays linearly to 0")
     epochs: float = HfArg(default=1.0, help="passes over the data, if --max_steps is 0")
-    max_steps: int = HfArg(default=0, help="steps of prompts_per_step examples; 0: as --epochs says")
+    max_steps: int = HfArg(default=0, help="steps of prompts_per_step examples; 0: set by --epochs")
 
 
 def target_text(example: Example, prompt: str) -> str:
-    """The text to imitate: the answer, in a block unless the prompt is plain; for `think` after a thought."""
+    """Text to imitate: the answer, in a block unless the prompt is plain; with `think`, after the thought."""
     if prompt == "plain":
         return example.answer
     block = f"<answer>{example.answer}</answer>"
@@ -45,7 +45,7 @@ def target_text(example: Example, prompt: str) -> str:
 
 
 def make_targets(processor, examples: list[Example], prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Targets as groups of one: ids and mask (B, 1, T), each ending as the chat template ends a turn."""
+    """Targets as groups of one: ids and mask (B, 1, T), each ending with the template's end-of-turn token."""
     texts = [target_text(example, prompt) for example in examples]
     tokenized = processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
     targets = [torch.tensor([*tokens, end_of_turn(processor)]) for tokens in tokenized]
@@ -107,16 +107,16 @@ def train(config: Config) -> None:
             with nullcontext() if sync_gradients else accelerator.no_sync(run.policy):
                 with accelerator.autocast():
                     logps, _ = run.policy(select_rows(batch.inputs, rows), ids[rows], mask[rows])
-                # DDP takes the mean of the gradients over processes; the loss is a sum over all of them
+                # DDP averages the gradients over processes, but this loss is a sum over all of them
                 loss = -logps.sum() / n_tokens * accelerator.num_processes
                 accelerator.backward(loss)
             losses.append(loss.detach())
-        # clips in place, and returns the norm that the gradient had before
+        # clips in place and returns the norm from before clipping
         grad_norm = float(accelerator.clip_grad_norm_(run.policy.parameters(), 1.0))
         with stop_together(run, step):
             check_update(run, step, batch, losses, grad_norm)
         run.optimizer.step()
-        # DDP's gradients are views into its buckets; set to None, they would be allocated again
+        # DDP's gradients are views into its buckets; setting them to None would allocate them again
         run.optimizer.zero_grad(set_to_none=not isinstance(run.policy, DistributedDataParallel))
         updated = now()
 

@@ -1,4 +1,4 @@
-"""What every training run needs and no algorithm: settings, setup, batches, logging, stopping.
+"""What every training run needs, whatever the algorithm: settings, setup, batches, logging, stopping.
 
 The training steps themselves are in `train_grpo.py` and `train_sft.py`.
 """
@@ -38,19 +38,21 @@ class TrainConfig:
 
     model: str = HfArg(default=DEFAULT_MODEL, help="hub name or folder of a supported model")
     data: str = HfArg(default="", help="training questions: JSON or JSON Lines, see README")
-    audio_dir: str = HfArg(default="", help="folder of the clips; empty: beside the questions")
+    audio_dir: str = HfArg(default="", help="folder with the clips; empty: next to the questions")
     skip_bad_audio: bool = HfArg(default=False, help="skip and count clips that cannot be read")
     eval_data: str = HfArg(default="", help="held-out questions for accuracy during training; empty: none")
-    eval_every: int = HfArg(default=100, help="steps between two evaluations")
-    eval_silence: bool = HfArg(default=True, help="evaluate with silence in place of the clips, too")
-    eval_batch_size: int = HfArg(default=16, help="questions per forward pass in evaluations")
+    eval_every: int = HfArg(default=100, help="steps between evaluations")
+    eval_silence: bool = HfArg(default=True, help="also evaluate with silence in place of the clips")
+    eval_batch_size: int = HfArg(default=16, help="questions per forward pass in evaluation")
     output: str = HfArg(default="runs/train", help="folder for metrics, checkpoints and the final model")
-    prompt: str = HfArg(default="answer", help="plain, answer or think: prompt, format reward and extraction")
-    max_new_tokens: int = HfArg(default=256, help="longer completions are truncated and counted")
+    prompt: str = HfArg(
+        default="answer", help="plain, answer or think; sets the prompt, the format reward and the extraction"
+    )
+    max_new_tokens: int = HfArg(default=256, help="longest completion; longer ones are truncated and counted")
     prompts_per_step: int = HfArg(default=16, help="prompts per step, over all processes")
-    micro_batch: int = HfArg(default=1, help="prompts per forward pass on one process; results do not change")
-    lr: float = HfArg(default=1e-6, help="AdamW's learning rate at the start, decaying linearly to 0")
-    warmup_steps: int = HfArg(default=0, help="steps in which the learning rate rises linearly to --lr")
+    micro_batch: int = HfArg(default=1, help="prompts per forward pass per process; does not change results")
+    lr: float = HfArg(default=1e-6, help="initial AdamW learning rate, decays linearly to 0")
+    warmup_steps: int = HfArg(default=0, help="steps over which the learning rate rises linearly to --lr")
     max_steps: int = HfArg(default=1000, help="steps of prompts_per_step prompts")
     resume: bool = HfArg(default=False, help="continue from the newest checkpoint in --output")
     save_every: int = HfArg(default=100, help="steps between checkpoints")
@@ -59,19 +61,19 @@ class TrainConfig:
     seed: int = HfArg(default=42, help="seeds data order, sampling, new adapters and their dropout")
     train: list[str] = HfArg(
         default_factory=list,
-        help="parts to train: encoder, projector, language; empty: all, but with LoRA only language",
+        help="parts to train: encoder, projector, language; empty: all, or with LoRA only language",
     )
     lora_rank: int = HfArg(default=0, help="train adapters of this rank in all linear layers (LoRA); 0: none")
     lora_alpha: float = HfArg(default=32.0, help="the adapters' output is multiplied by alpha / rank")
-    lora_dropout: float = HfArg(default=0.0, help="before the adapters, in updates only")
+    lora_dropout: float = HfArg(default=0.0, help="dropout rate before the adapters, in updates only")
     load_in_4bit: bool = HfArg(default=False, help="LoRA: keep the base in 4 bits (needs bitsandbytes)")
-    merge: bool = HfArg(default=False, help="LoRA: also write the merged final model, to merged in --output")
+    merge: bool = HfArg(default=False, help="LoRA: also write the merged final model to merged/ in --output")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, more time")
     log_with: str = HfArg(default="", help="tensorboard or wandb, in addition to metrics.jsonl")
 
 
 def check_settings(config: TrainConfig, processes: int) -> None:
-    """Raise BadInput for settings that no training run can have."""
+    """Raise BadInput for settings that are invalid in any training run."""
     if config.prompt not in PROMPTS:
         raise BadInput(f"--prompt {config.prompt}: unknown, choose one of {', '.join(PROMPTS)}")
     if not config.data:
@@ -106,7 +108,7 @@ class Run:
     eval_examples: list[Example]
     model: nn.Module
     processor: object
-    adapters: object  # peft's view of the model; None without LoRA
+    adapters: object  # the PeftModel; None without LoRA
     policy: nn.Module  # a Policy around the model, as accelerate wraps it
     reference: nn.Module  # a second Policy; under LoRA the policy itself; None without KL
     optimizer: torch.optim.Optimizer
@@ -142,7 +144,7 @@ def setup(config: TrainConfig, temperature: float = 1.0, with_reference: bool = 
     fused = accelerator.device.type == "cuda"  # under FSDP2 the default would update tensors one by one
     optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=0.0, fused=fused)
     policy, optimizer = accelerator.prepare(Policy(model, temperature), optimizer)
-    if accelerator.is_fsdp2:  # its root is the first module that runs, and must be the policy
+    if accelerator.is_fsdp2:  # the first module that runs becomes its root: it must be the policy
         register_fsdp_forward_method(policy, "initialize")
         policy.initialize()
         policy.reshard()
@@ -184,13 +186,13 @@ def setup(config: TrainConfig, temperature: float = 1.0, with_reference: bool = 
     if accelerator.is_main_process:
         record_code(run)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP, and so it stays
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP: keep it ignored
             signal.signal(number, lambda number, frame: run.signals.append(number))
     return run
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """accelerate's view of the processes. Raises BadInput for setups that are not supported."""
+    """Create the Accelerator. Raises BadInput for unsupported setups."""
     # without views into its buckets, DDP would hold every gradient twice
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     timeout = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # the others wait while one process saves
@@ -203,16 +205,16 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     if accelerator.state.dynamo_plugin.backend != "NO":
         raise BadInput("accelerate's dynamo_backend must be no (ACCELERATE_DYNAMO_BACKEND)")
     if accelerator.gradient_accumulation_steps != 1:
-        raise BadInput("accelerate's gradient_accumulation_steps must be 1: --micro_batch accumulates here")
+        raise BadInput("accelerate's gradient_accumulation_steps must be 1: use --micro_batch instead")
     if accelerator.is_fsdp2:
         if config.load_in_4bit:
-            raise BadInput("--load_in_4bit: FSDP2 cannot shard weights in 4 bits; use DDP")
+            raise BadInput("--load_in_4bit: FSDP2 cannot shard 4-bit weights; use DDP")
         plugin = accelerator.state.fsdp_plugin
         if plugin.auto_wrap_policy is not transformer_auto_wrap_policy:
             raise BadInput("accelerate's fsdp_auto_wrap_policy must be TRANSFORMER_BASED_WRAP")
         if isinstance(plugin.cpu_offload, CPUOffloadPolicy) or plugin.cpu_ram_efficient_loading:
             raise BadInput("accelerate's fsdp_offload_params and cpu_ram_efficient_loading must be false")
-        if plugin.activation_checkpointing:  # the same thing under this project's own flag
+        if plugin.activation_checkpointing:  # use --gradient_checkpointing for it instead
             plugin.activation_checkpointing = False
             config.gradient_checkpointing = True
         if accelerator.mixed_precision == "bf16":  # accelerate's own policy would return log-probs in bf16
@@ -225,28 +227,28 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def warn_about_gpu(accelerator: Accelerator) -> None:
-    """Say so if the GPU is not used, or not used well: that is slow and easy to overlook."""
+    """Warn if the GPU is unused or badly used: that is slow and easy to overlook."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or "ACCELERATE_USE_CPU" in os.environ
     if not torch.cuda.is_available() and os.path.exists("/proc/driver/nvidia/version") and not hidden:
-        reason = "its driver may be too old" if torch.version.cuda else "this torch is a build for CPUs"
+        reason = "its driver may be too old" if torch.version.cuda else "this torch is a CPU-only build"
         accelerator.print(f"this machine has a GPU that is not used: {reason}; torch {torch.__version__}")
     if accelerator.device.type == "cuda" and accelerator.mixed_precision == "no":
         accelerator.print("computing in fp32; `accelerate launch --mixed_precision bf16` is much faster")
 
 
 def load_questions(accelerator: Accelerator, config: TrainConfig, path: str):
-    """Questions whose clips exist, and the hash of their file."""
+    """Load questions, check that their clips exist, and return them with the hash of their file."""
     examples, digest = load_examples(path, config.audio_dir)
     missing = check_audio(examples, config.skip_bad_audio)
     if accelerator.is_main_process:
         if missing:
-            say(f"{path}: {missing} clips are missing; in training the next row takes their place")
+            say(f"{path}: {missing} clips are missing; training takes the next row instead")
         warn_about_clips(examples)
     return examples, digest
 
 
 def warn_about_clips(examples: list[Example]) -> None:
-    """Say how many clips were found by their file name alone, since they may be other clips."""
+    """Warn about clips found by their file name alone: they may be the wrong ones."""
     found = [example for example in examples if example.found_by_name]
     if found:
         first = f"the first: {found[0].location}, as {found[0].audio}"
@@ -258,7 +260,7 @@ def make_output(config: TrainConfig, accelerator: Accelerator):
     output = config.output
     if not config.resume and os.path.exists(output):
         if not os.path.isdir(output) or set(os.listdir(output)) - {LOCK}:
-            raise BadInput(f"--output {output}: already exists; --resume, remove it, or name another")
+            raise BadInput(f"--output {output}: already exists; use --resume, remove it, or name another")
     accelerator.wait_for_everyone()  # until all processes have seen the empty folder
     lock = lock_folder(output) if accelerator.is_main_process else None
     settings = {name: str(value) for name, value in asdict(config).items()}  # trackers refuse lists
@@ -272,7 +274,7 @@ def make_output(config: TrainConfig, accelerator: Accelerator):
 
 
 def read_batches(run: Run) -> Iterator[Batch]:
-    """This process's batch for each step, prepared ahead by a thread."""
+    """This process's batch for each step, prepared ahead in a thread."""
     processor = deepcopy(run.processor)  # a tokenizer must not be used by two threads at once
     offset = run.accelerator.process_index * run.prompts
 
@@ -292,7 +294,7 @@ def reference_policy(run: Run) -> Iterator[nn.Module]:
     with torch.no_grad(), run.accelerator.autocast(), adapters_off:
         yield run.reference
         if run.accelerator.is_fsdp2:
-            # FSDP2 keeps its root gathered: adapters in it would be trained in that copy only
+            # FSDP2 leaves its root gathered: adapters in it would only be trained in that copy
             run.reference.reshard()
 
 
@@ -313,9 +315,9 @@ def check_update(run: Run, step: int, batch: Batch, losses: list[torch.Tensor], 
 
 @contextmanager
 def stop_together(run: Run, steps_done: int, can_save: bool = True) -> Iterator[None]:
-    """Make all processes save and stop if one of them raises an error in the block or got a signal.
+    """Make all processes save and stop if one of them raises an error in the block or has received a signal.
 
-    Every process must enter it. Nothing in the block may wait for another process after the error. With
+    Every process must enter it. Nothing in the block may wait for another process after an error. With
     can_save=False nothing is saved, and a signal waits for the next block.
     """
     accelerator = run.accelerator
@@ -335,7 +337,7 @@ def stop_together(run: Run, steps_done: int, can_save: bool = True) -> Iterator[
             save_checkpoint(run, steps_done)
         except BadInput as error:
             problem = BadInput(f"{problem}; {error}") if problem else error
-    accelerator.print(f"stopped after {steps_done} of {run.max_steps} steps; --resume continues")
+    accelerator.print(f"stopped after {steps_done} of {run.max_steps} steps; continue with --resume")
     end_run(run)
     if problem:
         raise problem
@@ -343,7 +345,7 @@ def stop_together(run: Run, steps_done: int, can_save: bool = True) -> Iterator[
 
 
 def end_run(run: Run) -> None:
-    """Wait until every process is done; without this gloo sometimes aborts at exit."""
+    """Wait until every process is done; otherwise gloo sometimes aborts at exit."""
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
 
@@ -371,7 +373,7 @@ def log_metrics(run: Run, step: int, metrics: dict[str, float]) -> None:
 
 
 def append_rows(run: Run, name: str, rows: list[dict]) -> None:
-    """Append rows to a JSON Lines file of the run; the main process writes."""
+    """Append rows to a JSON Lines file of the run; only the main process writes."""
     if run.accelerator.is_main_process:
         path = os.path.join(run.config.output, name)
         with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
@@ -392,7 +394,7 @@ def announce(run: Run, text: str) -> None:
 
 
 def now() -> float:
-    """Seconds on a clock, once the GPU has finished its work."""
+    """The time in seconds, once the GPU has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()

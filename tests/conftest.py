@@ -1,4 +1,4 @@
-"""What the tests share: a small toy, settings for short runs, what a run left, two processes on a CPU."""
+"""Shared by the tests: a small toy, settings for short runs, what a run wrote, two processes on a CPU."""
 
 import importlib
 import io
@@ -27,7 +27,7 @@ torch.set_num_threads(2)
 
 
 def pytest_configure(config):
-    """GPUs are for the tests of them: what runs on a CPU is compared to the bit."""
+    """Hide GPUs from all but the GPU tests: results on a CPU are compared bit for bit."""
     if "gpu" not in config.option.markexpr.replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -47,7 +47,7 @@ NOISE_THEN_SILENCE = np.concatenate([NOISE, np.zeros(320_000, np.float32)])
 
 
 def mp3(samples):
-    """An MP3 file of variable bit rate, whose first frame states the length."""
+    """An MP3 file with variable bit rate, whose first frame gives the length."""
     file = io.BytesIO()
     soundfile.write(file, samples, 16_000, format="MP3")
     return file.getvalue()
@@ -65,7 +65,7 @@ def write(path, rows, as_list=False):
 
 
 def load_examples(*args, **flags):
-    """Without the hash of the file."""
+    """data.load_examples without the hash of the file."""
     return load_with_hash(*args, **flags)[0]
 
 
@@ -131,7 +131,7 @@ def random_completions(lengths, seed=0):
 
 
 def config(script, folder, output, **flags):
-    """Settings of a run of two steps of `script`."""
+    """Settings for a two-step run of `script`."""
     files = dict(model=str(folder / "model"), data=str(folder / "train.jsonl"), output=str(output))
     short = dict(prompts_per_step=4, max_new_tokens=5, max_steps=2, lr=1e-2)
     group = dict(group_size=4) if script == "train_grpo" else {}
@@ -139,7 +139,7 @@ def config(script, folder, output, **flags):
 
 
 def run_script(script, folder, output, **flags):
-    """Such a run, in this process."""
+    """Do such a run in this process."""
     importlib.import_module(script).train(config(script, folder, output, **flags))
 
 
@@ -155,18 +155,18 @@ def run_evaluate(monkeypatch):
 
 
 def metrics(output):
-    """Its lines of metrics.jsonl."""
+    """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in open(Path(output) / "metrics.jsonl")]
 
 
 def weights(output):
-    """The tensors of the model or the adapters that it saved."""
+    """The tensors of the model or adapters that a run saved."""
     name = "adapter_model" if (Path(output) / "adapter_config.json").exists() else "model"
     return load_file(Path(output) / f"{name}.safetensors")
 
 
 def assert_same_run(one, two, exact=False):
-    """Metrics but the seconds, and weights, are equal: to the bit, or up to rounding."""
+    """Metrics except timings, and weights, are equal: bit for bit, or up to rounding."""
     lines_one, lines_two = (
         [{name: value for name, value in line.items() if "seconds" not in name} for line in metrics(output)]
         for output in (one, two)
@@ -189,7 +189,7 @@ def assert_same_run(one, two, exact=False):
 # ---------------------------------------------------------------- several processes
 
 TWO = "--multi_gpu --num_processes 2 --num_machines 1 --dynamo_backend no --main_process_port 0"
-# accelerate knows FSDP2 on accelerators only; two names make it believe that a CPU is one
+# accelerate supports FSDP2 on accelerators only; these two values make it take a CPU for one
 FSDP2_ON_CPU = """
 from accelerate import PartialState
 from accelerate.utils import DistributedType
@@ -206,13 +206,13 @@ SGD = "torch.optim.AdamW = sgd\n"
 
 
 def training_code(script, more=""):
-    """Code that trains by its flags, rewarding odd lengths."""
+    """Code that trains with the flags it is given, rewarding odd lengths."""
     start = f"import {script}; from cli import parse, run_main\n"
     return ODD_LENGTHS + more + start + f"run_main(lambda: {script}.train(parse({script}.Config, '')))\n"
 
 
 def as_flags(config) -> list[str]:
-    """Settings as the flags that give them."""
+    """The flags that give these settings."""
     flags = []
     for name, value in vars(config).items():
         if isinstance(value, list):
@@ -223,9 +223,9 @@ def as_flags(config) -> list[str]:
 
 
 def launch(code: str, *flags, precision="no", fsdp=False, root=ROOT, options=()) -> None:
-    """Run `code` in two processes with these flags, with the scripts of `root`.
+    """Run `code` in two processes with these flags, using the scripts in `root`.
 
-    fsdp: as fsdp.yaml says. options: of `accelerate launch`.
+    fsdp: use fsdp.yaml. options: for `accelerate launch`.
     """
     code = (
         (FSDP2_ON_CPU if fsdp else "") + "from accelerate import Accelerator\n"

@@ -1,4 +1,4 @@
-"""Tiny random models of every supported kind, of the family's own classes, saved in the hub's layout."""
+"""Tiny random models of every supported kind, using the family's own classes, saved in the hub's layout."""
 
 import base64
 import json
@@ -32,11 +32,11 @@ CHAT = (
 
 
 class Videos(transformers.BaseImageProcessor):
-    """In place of Omni's processor of videos, which needs torchvision."""
+    """Stand-in for Omni's video processor, which needs torchvision."""
 
 
 def without_torchvision(monkeypatch):
-    """Omni's processor as it is, but for videos."""
+    """Omni's own processor, with a stand-in for its video part."""
     monkeypatch.setattr(transformers.ProcessorMixin, "check_argument_for_proper_class", lambda *args: object)
     monkeypatch.setattr(AutoVideoProcessor, "from_pretrained", lambda *args, **kwargs: Videos())
 
@@ -96,7 +96,7 @@ def language(size, **more):
 
 
 def make_omni(name, folder, size=32, seconds=300, window=20):
-    """A thinker. Its extractor makes so many seconds, its encoder attends over two windows of frames."""
+    """A thinker. Its extractor pads to `seconds`, its encoder attends over two windows of frames."""
     tokenizer = make_tokenizer(folder, **OMNI_TOKENS)
     audio = dict(d_model=size, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=3 * size)
     audio |= dict(num_mel_bins=MELS, max_source_positions=100, initializer_range=0.12, output_dim=size)
@@ -129,7 +129,7 @@ def make_omni(name, folder, size=32, seconds=300, window=20):
 
 
 def make_voxtral(folder, size=32):
-    """Its processor makes rows of 30 s, whatever the extractor says."""
+    """Voxtral. Its processor pads to 30 s, whatever the extractor says."""
     pytest.importorskip("mistral_common")
     tokenizer = make_tekken(folder)
     processor = transformers.VoxtralProcessor(WhisperFeatureExtractor(feature_size=MELS), tokenizer)
@@ -142,7 +142,7 @@ def make_voxtral(folder, size=32):
 
 
 def make_flamingo(name, folder, size=32):
-    """Audio Flamingo 3, Music Flamingo, and GLM-ASR, which is put together the same way."""
+    """Audio Flamingo 3, Music Flamingo, and GLM-ASR, which is built the same way."""
     prefix = {"audioflamingo3": "AudioFlamingo3", "musicflamingo": "MusicFlamingo", "glmasr": "GlmAsr"}[name]
     chat = CHAT.replace("PLACEHOLDER", "<sound>")
     audio = dict(hidden_size=size, intermediate_size=4 * size, num_hidden_layers=2, num_attention_heads=4)

@@ -1,7 +1,7 @@
-"""Bad input is refused in one line that says what is wrong and where; an evaluation counts a row as wrong.
+"""Bad input is refused in one line that says what is wrong and where; evaluations count a bad row as wrong.
 
-Each table maps a name to how to make the input and what the message must contain, a regular expression.
-Below a table are its consumers.
+Each table maps a name to how to make the input and a regular expression that the message must match.
+The tests that use a table are below it.
 """
 
 import io
@@ -103,7 +103,7 @@ BAD_QUESTIONS = {
     ),
     "clip has nan": (clip("nan.wav", wav(np.where(TONE > 0.4, np.nan, TONE))), "nan.wav: has samples .* nan"),
 }
-BAD_FOR_TRAINING = {  # an evaluation takes these, see test_data.py
+BAD_FOR_TRAINING = {  # an evaluation accepts these, see test_data.py
     "answer is not an option": (
         row(answer="bird"),
         r"answer 'bird' is not among the options \['dog', 'cat'\]",
@@ -213,7 +213,7 @@ def test_a_bad_file_of_questions_is_refused(folder, tmp_path, run_evaluate, cont
 
 
 def change_weights(change, file="model.safetensors"):
-    """Change a dict of tensors, in place, in a file of a model."""
+    """Apply `change` to the dict of tensors in a model file, in place."""
 
     def harm(folder):
         weights = load_file(folder / file)
@@ -275,12 +275,12 @@ BAD_MODELS = {
     "-inf": (change_weights(add_negative_infinity), f"{LAYER} has values that are nan or inf"),
     "truncated weights": (lambda folder: os.truncate(folder / "model.safetensors", 1000), "Error: "),
     "no weights": (remove("model.safetensors"), "OSError: "),
-    "no tokenizer": (remove("tokenizer.json"), r"the tokenizer \(\d+ tokens\) cannot spell"),
+    "no tokenizer": (remove("tokenizer.json"), r"the tokenizer \(\d+ tokens\) cannot round-trip text"),
     "another placeholder": (change_json("config.json", audio_token_id=7), "the audio placeholder is token"),
-    "another kind": (change_json("config.json", model_type="qwen2"), "is a qwen2 model; supported are"),
+    "another kind": (change_json("config.json", model_type="qwen2"), "is a qwen2 model; supported: "),
     "code of its own": (change_json("config.json", model_type="mine", auto_map=OWN_CODE), "is a mine model"),
-    "no configuration": (remove("config.json"), "no config.json of a model"),
-    "configuration is a list": (write_file("config.json", b"[]"), "no config.json of a model"),
+    "no configuration": (remove("config.json"), "no config.json was found"),
+    "configuration is a list": (write_file("config.json", b"[]"), "no config.json was found"),
 }
 
 
@@ -306,7 +306,7 @@ def test_nothing_is_written_for_a_bad_model(folder, tmp_path, run_evaluate):
 
 
 def test_code_of_a_model_never_runs(folder, tmp_path):
-    """Even if something answers yes to every question."""
+    """Even if the answer to every prompt is yes."""
     model = tmp_path / "model"
     shutil.copytree(folder / "model", model)
     auto_map = {name: "evil.Evil" for name in ("AutoConfig", "AutoModel", "AutoProcessor", "AutoTokenizer")}

@@ -1,4 +1,4 @@
-"""The benchmark: it compares like with like, its sums are right, and its numbers reach table and file."""
+"""The benchmark: it compares like with like, its sums are right, its numbers reach the table and the file."""
 
 import json
 
@@ -10,7 +10,7 @@ from cli import BadInput
 from model import shared_prompt_logps
 from tools import benchmark
 
-TINY = (2, 2, (3, 5))  # G, seconds of sound, fewest and most completion tokens
+TINY = (2, 2, (3, 5))  # G, seconds of audio, fewest and most completion tokens
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_counted_operations_are_those_that_torch_counts(small):
     encoder_attention = 4 * 500**2 * 256 * 2
     lm_attention = 4 * 512 * 8 * (310**2 / 2 + G * T * (310 + T / 2))
     ours = sum(benchmark.needed_flops(small, G, clip_seconds, T).values())
-    # we leave out convolutions and projector
+    # ours leave out the convolutions and the projector
     assert ours - encoder_attention - lm_attention == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
@@ -100,7 +100,7 @@ def test_freed_weights_are_gone():
 
 
 def test_arithmetic_gives_the_sums_made_by_hand(monkeypatch, capsys):
-    """For one GPU and n parameters of 2 bytes in bf16."""
+    """For n parameters, which take 2 bytes each in bf16."""
     n = sum(p.numel() for p in benchmark.make_model("7b", "meta").parameters())
     costs = {(cost.method, cost.gpus): cost for cost in benchmark.arithmetic()}
     one_node = costs["all weights, FSDP2", 8]
@@ -109,9 +109,9 @@ def test_arithmetic_gives_the_sums_made_by_hand(monkeypatch, capsys):
     assert one_node.in_node == 2 * n + 2 * (3 * 2 * n + 4 * n)  # 16 prompts: two per GPU
     assert one_node.across == 0
     assert costs["all weights, FSDP2", 16].across == 2 * n + 10 * n
-    assert costs["all weights, FSDP2 in a node, copies across", 16].across == 2 * 4 * n / 8
+    assert costs["all weights, FSDP2 in a node, replicas across", 16].across == 2 * 4 * n / 8
     lora = {gpus: costs["LoRA, DDP", gpus].compute for gpus in (1, 16, 64)}
-    assert lora[16] == lora[64] == lora[1] / 16  # one prompt per GPU, and above 16 GPUs more prompts
+    assert lora[16] == lora[64] == lora[1] / 16  # one prompt per GPU; with more than 16 GPUs, more prompts
     assert costs["LoRA, DDP", 1].in_node == costs["LoRA, DDP", 8].across == 0 < costs["LoRA, DDP", 16].across
 
     monkeypatch.setattr("sys.argv", ["benchmark.py", "--arithmetic"])
@@ -131,7 +131,7 @@ def test_sizes_that_cannot_be_measured_are_refused(monkeypatch, size, message):
 
 
 @pytest.mark.slow
-def test_a_training_step_is_one_of_train_grpo():
+def test_a_training_step_is_run_by_train_grpo():
     step = benchmark.measure_step(benchmark.make_model("small"), micro_batch=1, prompts=2)
     assert min(step["sample"], step["score"], step["update"]) > 0
     assert 1 <= step["tokens"] <= 16

@@ -1,4 +1,4 @@
-"""Runs that stop and go on, on one process and on two."""
+"""Runs that stop and resume, in one process and in two."""
 
 import json
 import os
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("reward_odd_lengths")
 
 
 def settings(folder, **flags):
-    """Of a run of five steps that saves and evaluates every other step."""
+    """Settings for a five-step run that saves and evaluates every other step."""
     held_out = dict(eval_data=str(folder / "test.jsonl"), eval_every=2)
     return held_out | dict(micro_batch=2, max_steps=5, save_every=2) | flags
 
@@ -40,7 +40,7 @@ def train(script, folder, output, **flags):
 
 
 def undo(whole, output, step):
-    """Copy a finished run as if it had been killed some time after checkpoint-<step>, with all states."""
+    """Copy a finished run so that it looks killed some time after checkpoint-<step>, with all its states."""
     shutil.copytree(whole, output)
     for path in output.iterdir():
         if path.is_file() and path.name not in ("metrics.jsonl", "samples.jsonl"):
@@ -72,7 +72,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(folder, tmp_path, capsys, s
         samples, again = (tmp_path / name / "samples.jsonl" for name in ("whole", f"from {step}"))
         assert samples.exists() == again.exists() == (script == "train_grpo")
         assert not samples.exists() or samples.read_bytes() == again.read_bytes()
-    with pytest.raises(SystemExit) as status:  # a run that has finished stays as it is
+    with pytest.raises(SystemExit) as status:  # a finished run is left as it is
         train(script, folder, tmp_path / "whole", resume=True, **flags)
     assert not status.value.code and "is finished" in capsys.readouterr().out
 
@@ -80,7 +80,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(folder, tmp_path, capsys, s
 def test_a_checkpoint_is_a_model_and_a_state_without_pickle(folder, tmp_path):
     train("train_sft", folder, tmp_path / "run", max_steps=6)
     states = [Path(path).name for path in list_states(str(tmp_path / "run"))]
-    assert states == ["checkpoint-6"]  # the newest only
+    assert states == ["checkpoint-6"]  # only the newest
     for step in (2, 4, 6):
         load_model(str(tmp_path / "run" / f"checkpoint-{step}"))
     kinds = {path.suffix for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != ".lock"}
@@ -114,7 +114,7 @@ def make_folder(path, files):
 @pytest.mark.parametrize("files", OTHER_FOLDERS.values(), ids=OTHER_FOLDERS)
 def test_resume_empties_no_folder(folder, tmp_path, files):
     make_folder(tmp_path / "run", files)
-    with pytest.raises(BadInput, match="run has no complete checkpoint, but (notes.txt|checkpoint-2)"):
+    with pytest.raises(BadInput, match="run has no complete checkpoint, but has (notes.txt|checkpoint-2)"):
         train("train_sft", folder, tmp_path / "run", resume=True)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == "{}"
 
@@ -163,7 +163,7 @@ def cut_short(state):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-BAD_STATES = {  # how to harm the state, and what is said
+BAD_STATES = {  # how to damage the state, and the message
     "cut short": (cut_short, "SafetensorError"),
     "no tensors": (lambda state: (state / "process-0.safetensors").unlink(), "FileNotFoundError"),
     "state of something else": (lambda state: (state / "state.json").write_text("[]"), "TypeError"),
@@ -189,7 +189,7 @@ def test_a_state_that_cannot_be_used_is_refused(folder, tmp_path, harm, says):
     assert (run / "metrics.jsonl").read_text() == before
 
 
-OTHER_RUNS = {  # flags of the resumed run, and what is said
+OTHER_RUNS = {  # flags of the resumed run, and the message
     "other flags": (
         dict(lr=1.0, seed=7),
         r"differ from the saved run's: --lr 1.0 \(was 0.01\), --seed 7 \(was 42\)",
@@ -206,7 +206,7 @@ def test_another_run_is_not_continued(folder, tmp_path, flags, says):
 
 
 def test_questions_are_compared_as_they_were_read(folder, tmp_path):
-    """Edited while the run is at work, or between two runs."""
+    """Whether they are edited during a run, or between two runs."""
     shutil.copytree(folder / "train", tmp_path / "train")
     questions = tmp_path / "train.jsonl"
     text = (folder / "train.jsonl").read_text()
@@ -220,7 +220,7 @@ def test_questions_are_compared_as_they_were_read(folder, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [dict(lora_rank=2), {}], ids=["LoRA", "reference"])
-def test_the_base_counts_too(folder, tmp_path, flags):
+def test_a_changed_base_is_refused(folder, tmp_path, flags):
     def change(weights):
         (name,) = [name for name in weights if name.endswith("layers.1.mlp.up_proj.weight")]
         weights[name] *= 1.01
@@ -258,7 +258,7 @@ def test_an_interrupted_merge_is_done_by_resume(folder, tmp_path, monkeypatch):
 
 
 def test_weights_that_are_nan_are_not_saved(folder, tmp_path, monkeypatch):
-    """As after an update by a gradient that is finite, but far too large."""
+    """As after an update with a gradient that is finite, but far too large."""
     step = torch.optim.AdamW.step
 
     def harm(self, *args, **more):
@@ -283,7 +283,7 @@ def git(folder, *words):
 
 @pytest.fixture
 def fork(tmp_path):
-    """A copy of the scripts with a git history of its own, a changed script and a new one."""
+    """A copy of the scripts with a git history of its own."""
     copy = tmp_path / "fork"
     copy.mkdir()
     for script in ROOT.glob("*.py"):
@@ -341,14 +341,14 @@ def test_without_git_nothing_is_recorded_of_the_code(fork, folder, tmp_path):
 
 
 def begin(script, settings, limit=""):
-    """Start a run in a process of its own."""
+    """Start a run in a separate process."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + training_code(script)
     command = ["bash", "-c", f'{limit} exec "$@"', "", sys.executable, "-c", code, *as_flags(settings)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def wait_for_steps(process, output, steps):
-    """Until metrics.jsonl has so many lines, or the process has ended."""
+    """Wait until metrics.jsonl has this many lines, or the process has ended."""
     path = output / "metrics.jsonl"
     while process.poll() is None and not (path.exists() and len(path.read_text().splitlines()) >= steps):
         time.sleep(0.02)
@@ -373,7 +373,7 @@ def test_a_signal_ends_the_step_saves_and_leaves(folder, tmp_path, number):
 
 @pytest.mark.slow
 def test_a_full_disk_leaves_the_older_checkpoint(folder, tmp_path):
-    """Full, here, is a limit on the size of a file."""
+    """A limit on the file size stands in for a full disk."""
     flags = dict(keep_states=2)
     train("train_sft", folder, tmp_path / "run", **flags)
     undo(tmp_path / "run", tmp_path / "full", 2)
@@ -395,12 +395,12 @@ def test_a_full_disk_leaves_the_older_checkpoint(folder, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_loses_nothing(folder, tmp_path):
-    flags = dict(max_steps=120, save_every=1, eval_every=100)  # most of the time is saving
+    flags = dict(max_steps=120, save_every=1, eval_every=100)  # most of the time goes into saving
     train("train_grpo", folder, tmp_path / "whole", **flags)
     chance, kills, lines = random.Random(0), [], tmp_path / "run" / "metrics.jsonl"
     while len(kills) < 20:
         process = begin("train_grpo", config("train_grpo", folder, tmp_path / "run", resume=True, **flags))
-        next((line for line in process.stdout if "M parameters" in line), None)  # the first step begins
+        next((line for line in process.stdout if "M parameters" in line), None)  # until the first step begins
         try:
             process.wait(chance.uniform(0, 2))
             break
@@ -408,7 +408,7 @@ def test_a_run_killed_at_random_moments_loses_nothing(folder, tmp_path):
             process.kill()
             process.wait()
             kills.append(len(lines.read_text().splitlines()) if lines.exists() else 0)
-    assert len(kills) == 20 and len(set(kills)) > 3, kills  # before the end, at one step and another
+    assert len(kills) == 20 and len(set(kills)) > 3, kills  # killed before the end, and at different steps
     train("train_grpo", folder, tmp_path / "run", resume=True, **flags)
     assert_same_run(tmp_path / "whole", tmp_path / "run", exact=True)
 
@@ -467,7 +467,7 @@ def test_under_fsdp2_processes_may_stop_sampling_at_other_lengths(folder, tmp_pa
 
 
 def test_fused_adamw_resumes_to_the_bit(folder, tmp_path, monkeypatch):
-    """It wants its count of steps where the parameter is; a CPU knows it, too."""
+    """It needs its step count on the parameter's device; it also exists for the CPU."""
     adamw = torch.optim.AdamW
     monkeypatch.setattr(torch.optim, "AdamW", lambda p, fused, **more: adamw(p, fused=True, **more))
     train("train_sft", folder, tmp_path / "whole", keep_states=9)
@@ -494,7 +494,7 @@ def test_what_is_saved_is_flushed_file_by_file(folder, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_ddp_holds_gradients_once(folder, tmp_path):
-    """They are views of DDP's buckets, and stay so after an update: few storages, as large as the weights."""
+    """They are views of DDP's buckets, even after an update: few storages, as large as the weights."""
     code = (
         "plain, seen = train_grpo.log_metrics, []\n"
         "def log_metrics(run, *args):\n"

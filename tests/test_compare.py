@@ -34,11 +34,11 @@ CONFIGS = {
 
 @pytest.fixture
 def scripts(tmp_path, monkeypatch):
-    """Replaces the scripts by what they leave behind; their flags are parsed by their real settings.
+    """Replaces the scripts with fakes that only write the results; their flags are parsed for real.
 
-    The base is right in 50 % of the sound questions, a run in 60 + 10 * lr / 1e-4 + seed, and music and
-    speech get a half and a quarter of that. `calls` has each script and its settings. After 20 scripts an
-    exception in `failure` is raised, once; the scripts after it are slow, so that they can be prevented.
+    The base gets 50 % of the sound questions right, a run 60 + 10 * lr / 1e-4 + seed, and music and
+    speech get a half and a quarter of that. `calls` lists each script and its settings. After 20 scripts an
+    exception in `failure` is raised, once; the scripts after it are slow, so that they can be cancelled.
     """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/toy/base").mkdir(parents=True)
@@ -78,7 +78,7 @@ def trainings(scripts):
 
 def test_each_method_is_trained_on_one_task_and_measured_on_all(scripts, capsys):
     compare.compare(task="music")
-    assert len(scripts.calls) == 45 + 46  # trained; measured, with the base
+    assert len(scripts.calls) == 45 + 46  # trained; measured, including the base
     designs = Counter()
     settings_of_all = set()
     runs = set()
@@ -100,11 +100,11 @@ def test_each_method_is_trained_on_one_task_and_measured_on_all(scripts, capsys)
     assert len(rows) == 8 and {row["task"] for row in rows} == {"music"}
 
     out = capsys.readouterr().out.splitlines()
-    assert "| accuracy in % | lr | music (trained) | sound | speech | both others |" in out
+    assert "| accuracy in % | lr | music (trained) | sound | speech | the other two |" in out
     assert "| base | | 25.0 | 50.0 | 12.5 | 31.2 |" in out
     cells = "33.5 (33.0 to 34.0) | 67.0 (66.0 to 68.0) | 16.8 (16.5 to 17.0) | 41.9 (41.2 to 42.5)"
     assert f"| GRPO | 5e-5 | {cells} |" in out
-    assert "the picture is runs/toy/compare/music/compare.svg" in out
+    assert "plot saved to runs/toy/compare/music/compare.svg" in out
     assert ElementTree.parse("runs/toy/compare/music/compare.svg").getroot().tag.endswith("svg")
 
 
@@ -112,7 +112,7 @@ def test_each_method_is_trained_on_one_task_and_measured_on_all(scripts, capsys)
     "failure, message",
     [
         (BadInput("train_sft.py failed"), "train_sft.py failed"),
-        (KeyboardInterrupt(), "interrupted; the same command continues"),
+        (KeyboardInterrupt(), "interrupted; run the same command again to continue"),
     ],
     ids=["failure", "ctrl-c"],
 )
@@ -123,7 +123,7 @@ def test_an_interrupted_comparison_starts_nothing_more_and_continues(scripts, fa
     assert 20 <= len(scripts.calls) < 50
     half_done = Path("runs/toy/compare/sound/base")
     half_done.mkdir()
-    (half_done / "predictions.json").touch()  # of an evaluation that was killed
+    (half_done / "predictions.json").touch()  # left by an evaluation that was killed
 
     scripts.delay = 0
     compare.compare()
@@ -159,8 +159,8 @@ def test_an_unknown_task_is_refused(tmp_path):
         ((94, 96, 99), 1),
         ((95, 99, 96), 0),  # just enough
         ((99, 80, 100), 0),  # the lowest rate, although another is better
-        ((80, 94, 90), 1),  # none is skilled: the best one
-        ((90, 94, 94), 1),  # and of two equal ones the lower rate
+        ((80, 94, 90), 1),  # none is skilled: then the best one
+        ((90, 94, 94), 1),  # of two equally good ones, the lower rate
     ],
     ids=str,
 )

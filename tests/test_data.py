@@ -45,7 +45,7 @@ MMAR = {
     "answer": "cat",
     "modality": "mix",
 }
-SOURCES = {  # a row, its clip, and its question: R1-AQA asks about the audio in AVQA's questions
+SOURCES = {  # a row, its clip, and its question: R1-AQA turns 'video' into 'audio' in AVQA's questions
     "own": (OWN, "a.wav", "What is in the video?"),
     "AVQA": (AVQA, "x_y-z_30.wav", "What is in the audio?"),
     "R1-AQA": (CONVERTED, "a.wav", "What is in the audio?"),
@@ -86,7 +86,7 @@ def test_a_row_may_have_a_thought(tmp_path):
 
 
 def test_an_evaluation_takes_rows_without_a_usable_answer(tmp_path):
-    """MMAU's Test has no answers, and MMAU's test-mini some that are not among the options."""
+    """MMAU's Test has no answers, and its test-mini has some that are not among the options."""
     without = {key: value for key, value in MMAU.items() if key != "answer"}
     rows = [without, MMAU | {"answer": ""}, AVQA | {"answer": None}, OWN | {"answer": "bird"}]
     examples = load_examples(write(tmp_path / "rows", rows), for_training=False)
@@ -152,7 +152,7 @@ def test_the_stream_is_one_permutation_after_another():
     epochs = [stream[:10], stream[10:20], stream[20:]]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1]
-    assert stream_indices(10, 42, 7, 8) == stream[7:15]  # any part of it, whoever asks
+    assert stream_indices(10, 42, 7, 8) == stream[7:15]  # any part of it, wherever it starts
     assert stream_indices(10, 43, 0, 10) != epochs[0]
 
 
@@ -189,7 +189,7 @@ def test_prompts_are_r1_aqas(toy_model):
 
 
 def tone(seconds=1.0, rate=16_000):
-    """A tone of 440 Hz."""
+    """A 440 Hz tone."""
     t = np.arange(int(seconds * rate)) / rate
     return (0.5 * np.sin(2 * np.pi * 440 * t)).astype(np.float32)
 
@@ -237,7 +237,7 @@ def test_a_truncated_clip_is_refused(tmp_path, kind, subtype):
 
 @pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFF000], ids=["ffmpeg", "sox"])
 def test_a_wav_from_a_pipe_is_read(tmp_path, size):
-    """Programs that write into a pipe cannot know the length, and leave such sizes in the header."""
+    """Programs that write to a pipe do not know the length yet, and put such sizes in the header."""
     path = tmp_path / "clip.wav"
     soundfile.write(path, tone(), 16_000)
     expected = load_audio(str(path))
@@ -258,7 +258,7 @@ def test_a_long_clip_is_read_only_up_to_the_window(tmp_path, rate, channels):
     wave = load_audio(path, window=32_000)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert len(wave) == 32_001  # one more than the window shows that the clip is cut
+    assert len(wave) == 32_001  # one more than the window, which shows that the clip is cut
     assert np.abs(wave - everything[:32_001]).max() < 1e-4
     assert peak < 8e6  # bytes; the complete clip takes 11 to 64 MB
 
@@ -267,7 +267,7 @@ def test_a_long_clip_is_read_only_up_to_the_window(tmp_path, rate, channels):
 
 
 def chunks_of_flac_from_a_pipe(samples):
-    """A FLAC file that states no length, as ffmpeg writes it into a pipe."""
+    """A FLAC file without a length, as ffmpeg writes it to a pipe."""
     file = io.BytesIO()
     soundfile.write(file, samples, 16_000, format="FLAC")
     content = bytearray(file.getvalue())
@@ -283,11 +283,11 @@ def encoded(samples, kind):
 
 
 def without_last_page(content):
-    """An Ogg that ends on a page, without the end-of-stream bit."""
+    """An Ogg that ends at a page boundary, without the end-of-stream bit."""
     return content[: content.rindex(b"OggS")]
 
 
-ID3 = b"ID3\4\0\0" + bytes([0, 2, 0, 0]) + bytes(2 << 14)  # a tag of 32 KiB, and its size in 7 bits a byte
+ID3 = b"ID3\4\0\0" + bytes([0, 2, 0, 0]) + bytes(2 << 14)  # a 32 KiB tag, its size in 7 bits per byte
 MUSIC = np.tile(NOISE, 4)  # 8 s
 WHOLE = {  # what is in the file, and its length in seconds
     "FLAC from a pipe": (chunks_of_flac_from_a_pipe(MUSIC), 8),
@@ -304,12 +304,12 @@ def test_a_clip_is_as_long_as_its_decoder_says(tmp_path, content, seconds):
     (tmp_path / "clip").write_bytes(content)
     wave = load_audio(str(tmp_path / "clip"))
     assert len(wave) == pytest.approx(seconds * 16_000, rel=0.1)
-    first = load_audio(str(tmp_path / "clip"), window=48_000)  # which may be in the second of joined files
+    first = load_audio(str(tmp_path / "clip"), window=48_000)  # may reach into the second file
     assert len(first) == 48_001 and np.abs(first - wave[:48_001]).max() < 1e-6
 
 
 def test_silent_clips_are_counted(tmp_path, folder):
-    """Also if only the first channel is silent, which is the one that the model hears."""
+    """Also if only the first channel, the one that the model hears, is silent."""
     right_only = np.stack([np.zeros(16_000), 0.5 * np.ones(16_000)], 1)
     for name, samples in (("silent", np.zeros(16_000)), ("right", right_only), ("tone", tone())):
         soundfile.write(tmp_path / f"{name}.wav", samples, 16_000)
@@ -378,7 +378,7 @@ def test_features_are_fp32_whatever_the_model_computes_in(toy_model, examples):
 
 
 def test_the_model_hears_the_clip(toy_model, examples):
-    """Transformers silently drops old names of the processor's argument: the model would answer blind."""
+    """Transformers silently ignores old names of the processor's audio argument: it would hear nothing."""
     model, processor = toy_model
     other_clip = Example(**vars(examples[0]) | {"audio": examples[1].audio})
     inputs = inputs_of(processor, examples[:1])

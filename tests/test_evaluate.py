@@ -141,7 +141,7 @@ def test_clips_found_by_their_file_name_alone_are_reported(folder, evaluation, c
 
 
 def test_silence_hides_the_clips(folder, tmp_path, evaluation):
-    """The same question about clips of equal length gets different answers, but not in silence."""
+    """The same question about clips of equal length gets different answers, but only one with silence."""
     rows = []
     for i in range(6):
         wave, _ = soundfile.read(folder / "test" / f"{i:04d}.wav")
@@ -156,7 +156,7 @@ def test_silence_hides_the_clips(folder, tmp_path, evaluation):
 
 
 def test_decoding_follows_the_models_generation_config(folder, tmp_path, evaluation):
-    """Greedy by its own config equals our greedy decoding; the toy's own config samples."""
+    """With a greedy config of its own it equals our greedy decoding; the toy's own config samples."""
     greedy, _ = evaluation()
     shutil.copytree(folder / "model", tmp_path / "greedy")
     eos_ids = GenerationConfig.from_pretrained(folder / "model").eos_token_id
@@ -218,7 +218,7 @@ def score(tmp_path, run_evaluate):
 
 
 def is_correct_by_the_rule(prediction, answer, choices):
-    """The benchmark's rule, word by word, without sets of words and regular expressions."""
+    """The benchmark's rule, word by word, without sets or regular expressions."""
 
     def words(text):
         groups = groupby(text.lower(), lambda letter: letter.isalnum() or letter == "_")
@@ -340,7 +340,7 @@ def test_scoring_again_keeps_what_the_evaluation_knew(folder, tmp_path, evaluati
     run_evaluate("--score", predictions)
     assert read(tmp_path / "eval" / "results.json") == before
 
-    write(predictions, [RIGHT], as_list=True)  # nothing that was known holds for other predictions
+    write(predictions, [RIGHT], as_list=True)  # what was known does not apply to other predictions
     run_evaluate("--score", predictions)
     after = read(tmp_path / "eval" / "results.json")
     assert after["total"] == 1
@@ -378,7 +378,7 @@ def test_the_gains_of_ten_questions(score, capsys):
     gain = score([*ten_questions(), unreadable])["audio_gain"]
     assert gain["total"] == 10
     assert [gain[name]["correct"] for name in ("clip", "silence", "other")] == [7, 2, 3]
-    # in pairs: with silence 1 is right alone, with the clip 6; with another clip 0 and 4
+    # discordant pairs: right only with silence 1, only with the clip 6; with another clip 0 and 4
     assert gain["gain_over_silence"]["gain"] == pytest.approx(0.5)
     assert gain["gain_over_other"]["gain"] == pytest.approx(0.4)
     assert gain["gain_over_silence"]["p"] == pytest.approx(2 * (1 + 7) / 2**7)
@@ -415,8 +415,8 @@ def test_the_orders_of_ten_questions(score, capsys):
     assert places == {"1": (8, 11), "2": (7, 11), "3": (8, 10)}
     out = capsys.readouterr().out
     assert "3 orders of the options, 11 questions: mean accuracy 71.2%" in out
-    assert "answered alike in all orders: 54.5%" in out
-    assert re.search(r"right option at place 2: 63\.6% .* of 11$", out, re.MULTILINE)
+    assert "same answer in all orders: 54.5%" in out
+    assert re.search(r"right option at position 2: 63\.6% .* of 11$", out, re.MULTILINE)
 
 
 def test_files_without_such_answers_have_no_gain(score, capsys):
@@ -425,7 +425,7 @@ def test_files_without_such_answers_have_no_gain(score, capsys):
 
 
 def test_the_three_answers_are_those_to_the_three_clips(folder, tmp_path, evaluation):
-    """The same as an evaluation with silence, and one of a file that names the other clips."""
+    """They equal an evaluation with silence, and one on a file that names the other clips."""
     rows, results = evaluation("--hearing")
     plain, _ = evaluation(output="plain")
     silent, _ = evaluation("--silence", output="silent")
@@ -465,12 +465,12 @@ def test_a_file_with_one_answer_has_no_other_clips(folder, tmp_path, evaluation)
 
 
 def test_a_model_that_ignores_its_audio_has_no_gain(folder, evaluation, monkeypatch):
-    """Its answers are right for some questions, but silence is right for about as many."""
+    """It gets some questions right, but about as many with silence."""
     monkeypatch.setattr("model.encode_audio", lambda *args: 0 * encode_audio(*args))
     monkeypatch.setattr("rewards.mmau_match", lambda text, *_: len(text) % 2 == 1)
     _, results = evaluation("--data", folder / "train.jsonl", "--hearing")
     gain = results["audio_gain"]
-    assert gain["clip"]["correct"] == gain["silence"]["correct"]  # of the same length, so the same prompt
+    assert gain["clip"]["correct"] == gain["silence"]["correct"]  # equal lengths, so equal prompts
     assert 0 < gain["clip"]["accuracy"] < 1
     for name in ("gain_over_silence", "gain_over_other"):
         low, high = gain[name]["interval"]
@@ -478,7 +478,7 @@ def test_a_model_that_ignores_its_audio_has_no_gain(folder, evaluation, monkeypa
 
 
 def test_orders_move_the_options_and_keep_the_question(folder, tmp_path, evaluation):
-    """The answers are those to a file in which the options were moved by hand."""
+    """The answers equal those for a file in which the options were moved by hand."""
     rows = []
     for row, _ in read_rows(str(folder / "test.jsonl"))[0]:
         rows.append(row | {"choices": row["choices"][:3], "answer": row["choices"][1]})
@@ -496,7 +496,7 @@ def test_orders_move_the_options_and_keep_the_question(folder, tmp_path, evaluat
         for i, (row, by_hand) in enumerate(zip(answered, expected)):
             if i > 0 or shift < 2:
                 assert row["order_outputs"][shift] == by_hand["model_output"]
-    assert len(answered[0]["order_outputs"]) == 2  # a third order of two options would be the first one
+    assert len(answered[0]["order_outputs"]) == 2  # the third order of two options is the first again
     assert {place: part["total"] for place, part in results["option_order"]["by_place"].items()} == {
         "1": 12,
         "2": 12,

@@ -1,4 +1,4 @@
-"""Every supported kind of model against its own plain forward, tiny and random."""
+"""A tiny random model of every supported kind against its own plain forward."""
 
 import importlib
 import importlib.util
@@ -27,7 +27,7 @@ from data import SAMPLE_RATE, is_cut, load_audio, make_inputs, read_clip, select
 from model import FAMILIES, Policy, encode_audio, encoder_is_frozen, eos_tokens, load_model, load_policy
 from model import load_processor, load_reference, repeated_logps, sample, shared_prompt_logps
 
-LENGTHS = [[3, 7, 1], [2, 9, 4]]  # of completions, for two prompts
+LENGTHS = [[3, 7, 1], [2, 9, 4]]  # in tokens: the completions of two prompts
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def family(request, folders, folder, tmp_path_factory, monkeypatch):
 
 
 def pairs(flags):
-    """(name, value) of flags as one types them."""
+    """(name, value) pairs from flags as typed on the command line."""
     words = flags.split()
     return [(name.removeprefix("--"), value) for name, value in zip(words[::2], words[1::2])]
 
@@ -77,7 +77,7 @@ def assert_same_gradients(one, two):
 
 
 def test_log_probs_and_gradients_are_those_of_its_plain_forward(family, examples):
-    """Clips, prompts and completions of unequal length; one holds a twin of the placeholder."""
+    """Clips, prompts and completions of unequal length; one completion contains the placeholder."""
     model, processor = load(family)
     placeholder, twin = model.config.audio_token_id, 40
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_log_probs_and_gradients_are_those_of_its_plain_forward(family, examples
     ours = shared_prompt_logps(model, inputs, ids, mask, 0.8)
     torch.testing.assert_close(ours, plain, atol=1e-5, rtol=0)
     found = gradients(model, ours)
-    # the two tables tell the twins apart
+    # only these two tables tell the twins apart
     tables = {name for name in expected if "embed_tokens" in name or "lm_head" in name}
     for grads in (expected, found):
         for name in tables:
@@ -130,7 +130,7 @@ def test_a_prompt_does_not_depend_on_the_others_of_its_batch(family, examples):
         torch.testing.assert_close(encode_audio(model, alone)[0], encoded[n], atol=1e-5, rtol=0)
 
 
-def test_in_bf16_it_says_about_the_same(family, examples):
+def test_bf16_gives_about_the_same_log_probs(family, examples):
     model, processor = load(family)
     inputs = inputs_of(processor, examples[4:6])
     ids, mask = random_completions(LENGTHS)
@@ -167,7 +167,7 @@ def test_trained_weights_get_a_gradient_and_a_frozen_encoder_can_be_cached(famil
     ids, mask = random_completions(LENGTHS)
     logps = shared_prompt_logps(model, inputs, ids, mask, 1.0)
     found = gradients(model, logps)
-    # DDP does not finish if one is left out
+    # DDP hangs if one is left out
     assert found.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
     reached = {part for part in ("audio_tower", "projector", "language_model") for n in found if part in n}
     if flags == {"lora_rank": 2}:
@@ -189,9 +189,9 @@ def test_trained_weights_get_a_gradient_and_a_frozen_encoder_can_be_cached(famil
 
 
 def test_the_reference_is_the_policy_before_training(family, examples):
-    """In bf16 too, where frozen weights are stored in bf16 if autocast would compute in it."""
+    """In bf16, too: frozen weights are stored in bf16 if autocast would compute in it."""
     if family.name == "qwen3_omni_moe":
-        pytest.skip("autocast leaves its experts in fp32; of its size only FSDP2 trains all weights")
+        pytest.skip("autocast leaves its experts in fp32; at its size only FSDP2 trains all weights")
     accelerator = SimpleNamespace(mixed_precision="bf16")
     settings = config("train_grpo", family.folder, "")
     policy, processor, _, _ = load_policy(settings, accelerator)
@@ -258,7 +258,7 @@ def test_its_own_class_loads_the_saved_model(
         assert loaded.dtype == torch.float32
     base, _ = load(family)
     processor = load_processor(str(tmp_path / "run"))
-    if "omni" in family.name:  # as its users have it, and not as it is used here
+    if "omni" in family.name:  # saved as its users need it, not as it is used here
         assert processor.feature_extractor.chunk_length == 300
     inputs = inputs_of(processor, examples[4:6])
     ids, mask = random_completions(LENGTHS)
@@ -269,7 +269,7 @@ def test_its_own_class_loads_the_saved_model(
 
 
 def test_supervised_training_evaluation_and_merging(family, tmp_path, monkeypatch, capsys):
-    """Targets end as the model's own turn does; adapters and the merged model answer alike."""
+    """Targets end like the model's own turn; adapters and the merged model give the same answers."""
     run_script("train_sft", family.folder, tmp_path / "run", lora_rank=2, merge=True)
     processor = load_processor(str(family.folder / "model"))
     ids, mask = train_sft.make_targets(processor, [SimpleNamespace(answer="a dog", thought="")], "answer")
@@ -319,7 +319,7 @@ def test_the_same_run_in_two_processes_under_fsdp2(family, tmp_path, reward_odd_
 
 @pytest.mark.slow
 def test_grpo_teaches_a_tiny_omni(tmp_path, monkeypatch):
-    """A Qwen2.5-Omni of the toy's size, warmed up as the toy is: GRPO must gain 15 points."""
+    """A Qwen2.5-Omni of the toy's size, warmed up like the toy: GRPO must gain 15 points."""
     without_torchvision(monkeypatch)
     toy.make_data(tmp_path, "train", 1600, seed=1)
     toy.make_data(tmp_path, "test", 300, seed=2)
@@ -346,8 +346,8 @@ def test_grpo_teaches_a_tiny_omni(tmp_path, monkeypatch):
 
 
 def full_omni(thinker, path, gigabytes=0):
-    """Save a thinker as the hub has the full model: in shards, with a talker and a vocoder."""
-    thinker.save_pretrained(path)  # in the hub's names
+    """Save a thinker in the hub's layout of the full model: in shards, with a talker and a vocoder."""
+    thinker.save_pretrained(path)  # with the hub's names
     saved = load_file(path / "model.safetensors")
     (path / "model.safetensors").unlink()
     weights = {f"thinker.{name}": weight for name, weight in saved.items()}
@@ -359,7 +359,7 @@ def full_omni(thinker, path, gigabytes=0):
         shard = f"model-0000{n}-of-00003.safetensors"
         save_file(tensors, path / shard, {"format": "pt"})
         index |= dict.fromkeys(tensors, shard)
-    # a large tensor that takes no disk: a header, and a hole
+    # a large tensor that takes no disk space: a header and a hole
     shape = [gigabytes << 28]
     header = {"talker.codec_head.weight": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 * shape[0]]}}
     header = json.dumps(header).encode()
@@ -375,7 +375,7 @@ def full_omni(thinker, path, gigabytes=0):
 
 
 def memory(name):
-    """A line of this process's status in GB."""
+    """An entry of /proc/self/status, in GB."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith(name)) / 1e6
 
@@ -389,7 +389,7 @@ def test_only_the_thinker_of_a_full_omni_checkpoint_is_read(name, tmp_path, monk
     full_omni(thinker, tmp_path / "full", gigabytes=4)
     processor.save_pretrained(tmp_path / "full")
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak starts anew
+        file.write("5")  # resets the peak
     before = memory("VmRSS")
     loaded, processor = load_model(str(tmp_path / "full"), torch.float32)
     assert memory("VmHWM") - before < 0.5
@@ -401,9 +401,7 @@ def test_only_the_thinker_of_a_full_omni_checkpoint_is_read(name, tmp_path, monk
 
 def test_an_unknown_kind_is_told_what_is_supported(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(
-        BadInput, match="is a llama model; supported are qwen2_audio, qwen2_5_omni, .*voxtral"
-    ):
+    with pytest.raises(BadInput, match="is a llama model; supported: qwen2_audio, qwen2_5_omni, .*voxtral"):
         load_model(str(tmp_path))
 
 

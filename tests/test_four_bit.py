@@ -1,4 +1,4 @@
-"""--load_in_4bit: the base in 4 bits, adapters that train, are saved, resumed, evaluated and merged.
+"""--load_in_4bit: a base in 4 bits, and adapters that are trained, saved, resumed, evaluated and merged.
 
 The tests that need bitsandbytes are skipped without it: pip install bitsandbytes==0.50.2
 """
@@ -56,7 +56,7 @@ def test_the_4_bit_model_answers_much_like_the_plain_one(folder, four_bit_model,
 
 
 @needs_bitsandbytes
-def test_sampling_leaves_the_gradient(four_bit_model, examples):
+def test_sampling_does_not_remove_the_gradient(four_bit_model, examples):
     """On a CPU bitsandbytes packs weights in eval mode, after which they have no gradient."""
     model, processor = four_bit_model
     inputs = inputs_of(processor, examples[:2])
@@ -142,7 +142,7 @@ def test_adapters_are_merged_into_the_plain_base(folder, trained, tmp_path):
 
 @needs_bitsandbytes
 def test_both_trainings_in_bf16(folder, tmp_path):
-    """As on a GPU: GRPO starts at exactly the reference."""
+    """As on a GPU: GRPO starts exactly at the reference."""
     for script, lr in (("train_sft", 0.05), ("train_grpo", 0.05)):
         settings = config(script, folder, tmp_path / script, **QLORA | dict(lr=lr, max_steps=3))
         code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + training_code(script)

@@ -1,4 +1,4 @@
-"""What only a GPU can show: `pytest -m gpu`. The other tests hide GPUs and run on the CPU anywhere."""
+"""Tests that need a GPU: `pytest -m gpu`. The other tests hide GPUs and always run on the CPU."""
 
 import gc
 import os
@@ -28,7 +28,7 @@ def to_gpu(inputs):
 
 
 def make_group(model, lengths, P):
-    """Inputs of one prompt of P tokens about a 2 s clip, and completions of these lengths."""
+    """Inputs for one prompt of P tokens with a 2 s clip, and completions of these lengths."""
     inputs, _, _ = benchmark.make_group(model, 1, 1, 2, (1, 1))
     filler = torch.randint(10, 100, (1, P - inputs["input_ids"].shape[1]), device="cuda")
     inputs["input_ids"] = torch.cat([inputs["input_ids"], filler], 1)
@@ -49,7 +49,7 @@ def exact_fp32(monkeypatch):
 
 @pytest.mark.parametrize("total", [192, 193, 200, 256, 320])  # 192 and 320 are 64 modulo 128
 def test_shared_equals_repeated_with_gradients(exact_fp32, total):
-    """In fp32. In bf16 the repeated way is no truth either: both are compared with fp32."""
+    """In fp32. In bf16 the repeated way is not exact either, so both are compared with fp32."""
     model = benchmark.make_model("small", "cuda", torch.float32)
     lengths = [10, 16, 12, 14]
     inputs, ids, mask = make_group(model, lengths, total - sum(lengths))
@@ -74,7 +74,7 @@ def test_shared_equals_repeated_with_gradients(exact_fp32, total):
     for name, gradient in true_gradients.items():
         error = (gradients[name] - gradient).norm()
         repeated_error = (repeated_gradients[name] - gradient).norm()
-        assert error <= 2 * repeated_error + 0.02 * gradient.norm() + 1e-3, name  # nan is not
+        assert error <= 2 * repeated_error + 0.02 * gradient.norm() + 1e-3, name  # false for nan
 
 
 def test_first_tokens_follow_the_softmax(on_gpu, exact_fp32, examples):
@@ -99,7 +99,7 @@ def test_greedy_equals_the_models_own_generate(on_gpu, exact_fp32, examples):
 
 
 def test_the_benchmarks_process_leaves_the_memory_to_the_next():
-    """But for CUDA's own and cuBLAS's workspaces, which torch keeps until a process ends."""
+    """Except for CUDA's own and cuBLAS's workspaces, which torch keeps until a process ends."""
     warm = torch.ones(8, 8, device="cuda")
     warm @ warm
     gc.collect()
@@ -169,13 +169,13 @@ def test_fsdp2_with_one_process_trains_saves_and_resumes(folder, tmp_path):
     subprocess.run([*command, *as_flags(settings)], check=True)
     uninterrupted = metrics(tmp_path / "run")
 
-    # make the finished run one that stopped after two steps
+    # make the finished run look like one that stopped after two steps
     (tmp_path / "run" / "config.json").unlink()
     (tmp_path / "run" / "checkpoint-4").rename(tmp_path / "moved")
     assert len(list_states(str(tmp_path / "run"))) == 1
     subprocess.run([*command, *as_flags(settings), "--resume=True"], check=True)
     resumed = metrics(tmp_path / "run")
     assert [line["step"] for line in resumed] == [0, 1, 2, 3]
-    # on a GPU a gather's backward adds in any order, so only the first loss after resuming is the same
+    # on a GPU a gather's backward adds in no fixed order, so only the first loss after resuming is the same
     assert resumed[2]["loss"] == pytest.approx(uninterrupted[2]["loss"], abs=1e-6)
     assert resumed[3]["loss"] == pytest.approx(uninterrupted[3]["loss"], abs=5e-3)

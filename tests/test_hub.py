@@ -1,4 +1,4 @@
-"""`prepare_data hub`: datasets of the hub, parquet, arrow and JSON Lines become questions and clips."""
+"""`prepare_data hub`: datasets from the hub, parquet, arrow and JSON Lines become questions and clips."""
 
 import hashlib
 import io
@@ -17,7 +17,7 @@ from tools.prepare_data import convert_row, hub
 
 
 def sound(extension, pitch=440):
-    """The content of an audio file of one second."""
+    """The content of a one-second audio file."""
     wave = 0.5 * np.sin(2 * np.pi * pitch * np.arange(16_000) / 16_000)
     file = io.BytesIO()
     soundfile.write(file, wave, 16_000, format=extension.upper())
@@ -32,7 +32,7 @@ def clip_name(content, extension):
 
 
 def embedded(content, path="x.wav"):
-    """A clip as datasets hold it."""
+    """A clip as the `datasets` library returns it."""
     return {"bytes": content, "path": path}
 
 
@@ -47,9 +47,9 @@ def numbered_rows(count):
 
 @pytest.fixture
 def publish(monkeypatch):
-    """Put rows on a stand-in for the hub, which counts as the library `datasets`.
+    """Put rows on a stand-in for the hub, which replaces the `datasets` library.
 
-    Returns the calls of load_dataset. stop: the row at which the user presses Ctrl-C.
+    Returns the calls to load_dataset. stop: the row at which the user presses Ctrl-C.
     """
 
     def publish(rows, splits=("train",), stop=None):
@@ -140,7 +140,7 @@ def test_clips_beside_json_lines(tmp_path):
 
 # ---------------------------------------------------------------- questions, options and answers
 
-NONE = "is none of the options"
+NONE = "is not among the options"
 ANSWERS = [  # options, an answer, and what they become or why they are refused
     (["dog", "cat"], "cat", (["dog", "cat"], "cat")),
     (["dog", "cat"], "B", (["dog", "cat"], "cat")),
@@ -155,7 +155,7 @@ ANSWERS = [  # options, an answer, and what they become or why they are refused
     (["A.dog", "B.cat"], "A.", (["dog", "cat"], "dog")),
     (["A. cat", "B. cat", "C. dog"], "B", (["cat", "cat", "dog"], "cat")),
     (["A dog", "B flat"], "B flat", (["A dog", "B flat"], "B flat")),  # articles and notes are not letters
-    (["G", "A#", "D", "E"], "D", (["G", "A#", "D", "E"], "D")),  # a text comes before a letter
+    (["G", "A#", "D", "E"], "D", (["G", "A#", "D", "E"], "D")),  # text takes precedence over a letter
     (["A", "B", "C"], "B", (["A", "B", "C"], "B")),
     (["A.M.", "P.M."], "P.M.", (["A.M.", "P.M."], "P.M.")),
     (["B. cat", "A. dog"], "A. dog", (["B. cat", "A. dog"], "A. dog")),
@@ -234,7 +234,7 @@ def test_indices_from_one_are_refused(tmp_path, publish, indices, converted):
     if converted:
         assert [row["answer"] for row in convert("some/name", tmp_path / "out")] == converted
     else:
-        with pytest.raises(BadInput, match="some/name: the answers seem to be indices from 1; write them"):
+        with pytest.raises(BadInput, match="some/name: the answers look like 1-based indices; use 0-based"):
             convert("some/name", tmp_path / "out")
         assert not list((tmp_path / "out").glob("*.jsonl"))
 
@@ -243,7 +243,7 @@ def test_indices_from_one_are_refused(tmp_path, publish, indices, converted):
 
 
 def test_unusual_clips(tmp_path, publish):
-    """Names cannot lead out of the folder, the extension is that of the content, equal clips are one file."""
+    """Names cannot escape the folder, the extension matches the content, identical clips share one file."""
     other = sound("wavex")
     usable = [
         ({"audio": embedded(WAV, "../../../evil.wav")}, clip_name(WAV, "wav")),
@@ -259,9 +259,9 @@ def test_unusual_clips(tmp_path, publish):
         ({"audio": embedded(WAV[: len(WAV) // 2])}, "x.wav: is cut short"),
         ({"audio": embedded(WAV), "audio_2": embedded(FLAC)}, "has 2 clips (audio, audio_2), not one"),
         ({"audio": embedded(b"", " ")}, "the clip is empty (column audio)"),
-        ({"audio": None}, "has 0 clips (no column audio), not one"),
-        ({"sound": "x.wav"}, "has 0 clips (no column audio), not one"),
-        ({"audio": embedded(None)}, "x.wav is a separate file in the repository: `hf download` it"),
+        ({"audio": None}, "has 0 clips (no audio column), not one"),
+        ({"sound": "x.wav"}, "has 0 clips (no audio column), not one"),
+        ({"audio": embedded(None)}, "x.wav is a separate file in the repository: `hf download` the"),
     ]
     rows = [asked("?", ["dog", "cat"], "cat") | clip for clip, _ in usable + refused]
     publish([*rows, [1]])
@@ -339,7 +339,7 @@ def test_what_cannot_be_converted_leaves_no_questions(tmp_path, publish, monkeyp
 def test_a_clip_that_cannot_be_written_is_not_taken_for_a_bad_row(tmp_path, publish):
     (row,) = numbered_rows(1)
     clip = clip_name(row["audio"]["bytes"], "wav")
-    (tmp_path / "out" / f"{clip}.partial").mkdir(parents=True)  # in the way, as a full disk would be
+    (tmp_path / "out" / f"{clip}.partial").mkdir(parents=True)  # blocks the write, as a full disk would
     publish([row])
     with pytest.raises(BadInput, match=f"{clip}: cannot be written"):
         convert("some/name", tmp_path / "out")
@@ -363,7 +363,7 @@ def test_parquet(tmp_path):
     datasets.Dataset.from_list(rows[4:]).to_parquet(folder / "dev-1.parquet")
     assert_converted(folder / "dev-0.parquet", tmp_path / "file", 4)
     assert_converted(folder, tmp_path / "folder", 7)
-    assert_converted(folder, tmp_path / "split", 7, split="validation")  # as the library calls dev
+    assert_converted(folder, tmp_path / "split", 7, split="validation")  # what the library calls dev
     with pytest.raises(BadInput, match="Available splits"):
         convert(folder, tmp_path / "other", split="train")
 

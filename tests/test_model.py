@@ -38,7 +38,7 @@ def test_a_models_class_comes_from_its_config(folder, tmp_path):
 
 
 def test_the_hubs_own_layout_loads(folder, toy_model, examples, tmp_path):
-    """Five shards with legacy names, an index, legacy keys, and a sampling configuration to be kept away."""
+    """Five shards with legacy names, an index, legacy keys, and a sampling configuration to be ignored."""
     model, processor = toy_model
     hub, weights = tmp_path / "hub", load_file(folder / "model" / "model.safetensors")
     shutil.copytree(folder / "model", hub)
@@ -57,7 +57,7 @@ def test_the_hubs_own_layout_loads(folder, toy_model, examples, tmp_path):
     placeholder = config.pop("audio_token_id", None) or config["audio_token_index"]
     config |= {"audio_token_index": placeholder, "ignore_index": -100}
     (hub / "config.json").write_text(json.dumps(config))
-    # the template within the tokenizer's configuration, the feature extractor's in a file of its own
+    # the template in the tokenizer's configuration, the feature extractor's configuration in its own file
     template = (hub / "chat_template.jinja").read_text()
     (hub / "chat_template.jinja").unlink()
     tokenizer = json.loads((hub / "tokenizer_config.json").read_text())
@@ -86,7 +86,7 @@ def prompt_alone(inputs, b):
 
 
 def plain_logps(model, inputs, ids, mask, temperature):
-    """`repeated_logps` of one prompt at a time, where no prompt is padded."""
+    """`repeated_logps` for one prompt at a time, so that no prompt is padded."""
     rows = []
     for b in range(len(ids)):
         alone = prompt_alone(inputs, b)
@@ -142,7 +142,7 @@ def test_shared_prompt_gradients_equal_the_repeated_forward(toy_model, examples,
 
 
 def test_a_placeholder_in_a_completion_is_a_plain_token(toy_model, examples):
-    """Two tokens with the same embedding and the same row of the head are one to the model."""
+    """Two tokens with the same embedding and the same row of the head are the same to the model."""
     model, processor = toy_model
     placeholder, twin = model.config.audio_token_id, 11
     with torch.no_grad():
@@ -347,7 +347,7 @@ def test_placeholders_and_audio_must_match(toy_model, examples):
 
 @pytest.mark.parametrize("eos", [None, 0], ids=["none", "another"])
 def test_the_end_of_a_turn_ends_a_completion(folder, toy_model, tmp_path, eos):
-    """Whatever generation_config.json says, or if there is none: SFT teaches it at the end of an answer."""
+    """Whatever generation_config.json says, even if there is none: SFT teaches it at the end of an answer."""
     model, processor = toy_model
     model.generation_config.eos_token_id = eos
     processor.tokenizer.eos_token = "<|endoftext|>"
@@ -438,4 +438,4 @@ def test_every_mask_of_sampling_and_scoring_is_made_once_and_additive(toy_model,
     shared_prompt_logps(model, inputs, *random_completions([[3, 2], [4, 1]]), 1.0)
     assert len(made) == 1 and torch.float32 in masks
     sample(model, inputs, [0], 5, 1.0, uniform(2, 3, 5))
-    assert len(made) == 2  # one for all rounds
+    assert len(made) == 2  # one for all decoding steps

@@ -16,7 +16,7 @@ CELLS = NOTEBOOK["cells"]
 CODE = ["".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "code"]
 
 
-def test_a_sentence_stands_before_each_of_few_cells():
+def test_text_comes_before_each_code_cell_and_there_are_few():
     """Exercises, which have no code, come last."""
     kinds = [cell["cell_type"] for cell in CELLS]
     exercises = kinds[2 * len(CODE) :]
@@ -36,7 +36,7 @@ def test_links_lead_to_files_that_have_what_they_name():
         assert path.name == name or f"def {name}(" in path.read_text(encoding="utf-8")
 
 
-def test_nothing_is_defined_anew():
+def test_cells_define_no_functions_or_classes():
     kinds = (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)
     assert not any(isinstance(node, kinds) for code in CODE for node in ast.walk(ast.parse(code)))
 
@@ -55,7 +55,7 @@ def test_it_is_stored_with_its_outputs_and_none_is_large():
 
 @pytest.fixture
 def namespace(folder, tmp_path, monkeypatch):
-    """What the cells leave behind; the base is an untrained model, which is rewarded for odd lengths."""
+    """The names that the cells define; the base is an untrained model, rewarded for odd lengths."""
     (tmp_path / "runs/toy").mkdir(parents=True)
     (tmp_path / "runs/toy/base").symlink_to(folder / "model")
     for name in ("train", "train.jsonl"):
@@ -64,7 +64,7 @@ def namespace(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "docs")  # where Jupyter starts it
     monkeypatch.setattr("rewards.accuracy_reward", odd_length)
     ipython, display = ModuleType("IPython"), ModuleType("IPython.display")
-    ipython.get_ipython, ipython.version_info = lambda: None, (9, 0)  # which matplotlib asks for
+    ipython.get_ipython, ipython.version_info = lambda: None, (9, 0)  # matplotlib asks for these
     played = []
     display.Audio = lambda wave, rate: played.append((wave, rate))
     monkeypatch.setitem(sys.modules, "IPython", ipython)

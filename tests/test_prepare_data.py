@@ -150,7 +150,7 @@ def test_check_names_everything_that_is_wrong(tmp_path, capsys):
         "only the headers of the clips were read: --decode reads all of their samples",
         "options per question: 2: 6, 3: 1",
         "task: None: 4, music: 2, sound: 1",
-        "1 rows have no answer: they can be predicted, but not trained on",
+        "1 rows have no answer: they can be used for prediction, but not for training",
         "right without listening: most frequent answer elsewhere 100.0%, longest option 53.3%, "
         "chance 53.3% (5 questions)",
     ]
@@ -189,9 +189,9 @@ def test_check_finds_silence_and_options_that_the_rule_cannot_tell_apart(tmp_pat
 
 
 def test_check_tells_what_the_text_alone_gives_away(tmp_path, capsys):
-    """By hand: ties are shared, and a question does not count its own answer.
+    """Computed by hand: ties count in part, and a question does not count its own answer.
 
-    The answers that count are dog (twice), cat (twice), bee, a seal and bird; not the one that is no option.
+    The answers that count: dog (twice), cat (twice), bee, a seal and bird; not the one that is not an option.
     """
     write_tone(tmp_path / "a.wav", 1, 16_000, 1)
     rows = [

@@ -1,4 +1,4 @@
-"""What the documents say is so: their links, commands, flags, and changes to the code."""
+"""What the docs say is true: their links, commands, flags, and changes to the code."""
 
 import json
 import re
@@ -135,7 +135,7 @@ def test_changes_apply_as_they_stand(tmp_path, title):
     subprocess.run(["git", "apply", "--verbose"], input=CHANGES[title], text=True, cwd=tmp_path, check=True)
 
 
-# what a change computes on random cases, plainly; `case` is a function of train_grpo.py
+# what a change should compute, written out plainly; CASE runs it on random inputs
 PLAIN = {
     "Dr. GRPO": """
         assert torch.allclose(group_advantages(r), torch.stack([group - group.mean() for group in r]))
@@ -228,7 +228,7 @@ def test_loss_and_gradient_do_not_depend_on_how_a_step_is_split(run, unchanged, 
         assert lines[0][name] == pytest.approx(lines[1][name], rel=1e-3, abs=1e-6), name
         assert lines[0][name] == pytest.approx(lines[2][name], rel=1e-3, abs=1e-6), name
     assert lines[0]["grad_norm"] != pytest.approx(unchanged[0]["grad_norm"], rel=1e-3)
-    # of the same samples, the metrics of tokens do not depend on the loss, until it is used
+    # the samples do not depend on the loss before the first update; only DAPO draws again
     if title != "DAPO":
         assert lines[0]["reward"] == unchanged[0]["reward"]
 
@@ -242,14 +242,14 @@ def test_dapo_draws_again_and_punishes_length(run, unchanged):
 
 @pytest.mark.slow
 def test_an_entropy_bonus_keeps_entropy_up(run):
-    """With a weight at which it outweighs everything else."""
+    """With a weight so large that it outweighs everything else."""
     strong = CHANGES["An entropy bonus"].replace("0.01 *", "100 *")
     flags = ("--max_steps", "6", "--num_iterations", "1")
     assert run(strong, *flags)[-1]["entropy"] > run("", *flags)[-1]["entropy"] + 0.01
 
 
 class Judge(BaseHTTPRequestHandler):
-    """Gives each completion a tenth of its length, for as long as it feels like it."""
+    """Scores each completion with a tenth of its length, for the first `answers` requests."""
 
     answers = 99
 

@@ -131,7 +131,7 @@ def rows(folder):
 
 @pytest.fixture
 def long_clip(tmp_path):
-    """A clip that is too large to embed, with a name that a URL must quote."""
+    """A clip that is too large to embed, with a name that must be quoted in a URL."""
     path = tmp_path / "a #1 %.wav"
     soundfile.write(path, np.zeros(32 * 16_000), 16_000)
     return path
@@ -155,7 +155,7 @@ def test_the_page_of_a_real_run(folder, tmp_path, show):
 
 
 def test_curves_and_groups(folder, tmp_path, show):
-    """An evaluation is a line of its own, so a step can have two. A number of a fork has its own panel."""
+    """An evaluation has its own line, so a step can have two. A fork's own metric gets its own panel."""
     first = {"loss": 0.5, "reward": 1.0, "reward_accuracy": 0.5, "reward_brevity": 0.5, "lr": 0.1}
     first |= {"seconds_sample": 1.0, "seconds_update": 2.0, "my metric": 8, "note": "none"}
     second = first | {"reward_accuracy": 0.25, "reward_brevity": 0.125, "seconds_update": 3.0, "my metric": 9}
@@ -200,7 +200,7 @@ def test_a_run_that_is_still_going(folder, tmp_path, show):
 
     (run / "metrics").rename(run / "metrics.jsonl")
     (run / "samples.jsonl").unlink()
-    (run / "run.json").unlink()  # of an earlier version
+    (run / "run.json").unlink()  # as in a run of an earlier version
     page = show(run)
     assert page.texts("h2") == ["Curves", "Settings", "Code"]
     assert "(not finished)" in page.text and page.text.count("not recorded") == 2
@@ -269,7 +269,7 @@ def test_long_clips_are_linked(folder, tmp_path, show, long_clip):
 def test_a_long_run_is_smoothed_and_thinned_out(folder, tmp_path, show):
     lines = [{"step": step, "loss": step} for step in range(2_001)]
     page = show(make_run(tmp_path / "run", folder, lines, steps=2_001))
-    assert descriptions(page) == ["loss: mean from 24.5 to 2000"]  # of 50 steps, and of 1
+    assert descriptions(page) == ["loss: mean from 24.5 to 2000"]  # the mean of 50 steps, and of 1
     assert [int(section["data-step"]) for section in page.all("section")] == list(range(0, 2_001, 2))
     assert "1001 of 2001 steps" in page.text
 
@@ -329,8 +329,8 @@ def test_several_runs_share_panels(three_runs, show, tmp_path):
     ]
     assert page.texts("text").count("$b<b>") == 3  # in each legend
     assert [link["href"] for link in page.all("a")] == ["../../%24b%3Cb%3E/report.html"]
-    assert page.texts("th") == ["a", "$b<b>", "sft/c", "lr", "beta"]  # the output folder is no difference
-    assert page.texts("td") == ["", "1", "2", "1", "0.5", "0.5", "(has none)"]
+    assert page.texts("th") == ["a", "$b<b>", "sft/c", "lr", "beta"]  # the output folder does not count
+    assert page.texts("td") == ["", "1", "2", "1", "0.5", "0.5", "(no such setting)"]
 
     # a run has one colour and one marker in all panels, and a metric one line style
     figure = report.draw_picture(report.read_runs(list(map(str, three_runs))), str(tmp_path / "curves.png"))
@@ -468,7 +468,7 @@ def test_bad_input_gives_one_line_and_no_page(folder, tmp_path, show, rows, monk
 
 # ---------------------------------------------------------------- in a browser
 
-# chromium prints the harness once it has loaded, which the second frame delays until it is closed
+# chromium prints the harness once it has loaded; the second frame delays that until it is closed
 HARNESS = """<!doctype html>
 <iframe src="%s" width="360" height="800"></iframe><iframe></iframe><pre></pre>
 <script>
@@ -498,7 +498,7 @@ frame.onload = async () => {
 
 
 def in_browser(path, code):
-    """What `code` pushes to `found` on the page at `path`, if the browser has nothing to complain about."""
+    """What `code` pushes to `found` on the page at `path`, if the browser logs no errors."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if not browser:
         pytest.skip("no browser here: apt-get install chromium")
@@ -530,7 +530,7 @@ def test_a_run_in_a_browser(folder, tmp_path, show, long_clip):
 
 
 def test_several_runs_in_a_browser(three_runs, show):
-    """The table of settings is wider than a telephone, and scrolls by itself."""
+    """The table of settings is wider than a phone, and scrolls separately."""
     settings = three_runs[0] / "run.json"
     settings.write_text(json.dumps({"a_setting_with_a_long_name": "a long value " * 5}))
     record_code(three_runs[0], ("0" * 40, "+x" * 1_000))

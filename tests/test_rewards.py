@@ -76,7 +76,7 @@ def test_the_answer_is_the_first_block_else_the_complete_text(prompt, completion
         ("<answer>Woman 1</answer>", "Man 1", 0),  # math_verify compares 1 with 1
         ("<answer>B. 3</answer>", "D. 3", 0),
         ("<answer>man 1</answer>", "Man 1", 0),
-        ("Man 1", "Man 1", 1),  # the block counts in the format reward only
+        ("Man 1", "Man 1", 1),  # the block matters for the format reward only
     ],
 )
 def test_accuracy_compares_text_with_text(completion, answer, reward):
@@ -137,7 +137,7 @@ ROWS = {
 
 @pytest.mark.parametrize("row, is_correct", ROWS.values(), ids=ROWS)
 def test_odd_rows_are_judged(row, is_correct):
-    """None: without an answer, a row is not in the score."""
+    """None: a row without an answer is not scored."""
     assert judge(row, "") is is_correct
 
 

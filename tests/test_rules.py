@@ -1,4 +1,4 @@
-"""What tools/rules.py makes of the same answers under several rules, against counts by hand."""
+"""How tools/rules.py scores the same answers under several rules, against counts by hand."""
 
 import sys
 
@@ -67,7 +67,7 @@ def test_ten_answers_under_four_rules(tmp_path, monkeypatch, capsys):
     for i, score in enumerate(scores.values()):
         marks = [expected[i] for _, expected in TEN]
         assert (score.right, score.total, score.unparsed) == (marks.count("y"), 10, marks.count("-"))
-    # lmms-eval draws one of four letters for the four unparsed answers, evalscope takes A, right for one
+    # for the four unparsed answers lmms-eval guesses one of four letters; evalscope takes A, right once
     assert scores["lmms-eval"].published == pytest.approx((2 + 4 / 4) / 10)
     assert scores["evalscope"].published == pytest.approx((2 + 1) / 10)
 
@@ -78,9 +78,9 @@ def test_ten_answers_under_four_rules(tmp_path, monkeypatch, capsys):
 
 
 def test_right_answers_in_four_forms(tmp_path, monkeypatch, capsys):
-    """By hand: "dog" has no letter, and A is right for it; the storm has a letter A, where D is right.
+    """By hand: "dog" yields no letter, and A is right for it; the storm yields A, where D is right.
 
-    By MMAU's rule "(A) dog" is wrong, since "a" is a word of other options only.
+    By MMAU's rule "(A) dog" is wrong, because the word "a" is only in other options.
     """
     questions = [
         {"question": "?", "choices": OPTIONS, "answer": "dog"},
@@ -88,7 +88,7 @@ def test_right_answers_in_four_forms(tmp_path, monkeypatch, capsys):
     ]
     run(monkeypatch, "--table", write(tmp_path / "questions.json", questions))
     assert capsys.readouterr().out.splitlines() == [
-        "| every answer right, as | MMAU | exact option | lmms-eval | evalscope |",
+        "| right answers, written as | MMAU | exact option | lmms-eval | evalscope |",
         "| --- | --- | --- | --- | --- |",
         "| the option's text | 100.0 | 100.0 | 0.0 (50.0 unparsed; reported as 12.5) | "
         "0.0 (50.0 unparsed; reported as 50.0) |",
@@ -112,12 +112,12 @@ BAD = {
     "no predictions": ([], {"choices": ["a", "b"], "answer": "a"}, "no row has a prediction"),
     "no options": ([], {"answer": "a", "model_output": "a"}, "row 1: no list of options"),
     "a table without answers": (["--table"], {"choices": ["a", "b"]}, "has no answers"),
-    "a letter as answer": (["--table"], {"choices": ["a", "b"], "answer": "C"}, "is none of the options"),
+    "a letter as answer": (["--table"], {"choices": ["a", "b"], "answer": "C"}, "is not among the options"),
 }
 
 
 @pytest.mark.parametrize("flags, row, message", BAD.values(), ids=BAD)
-def test_files_without_what_it_takes_are_refused(tmp_path, monkeypatch, flags, row, message):
+def test_files_without_answers_predictions_or_options_are_refused(tmp_path, monkeypatch, flags, row, message):
     path = write(tmp_path / "rows.json", [row], as_list=True)
     with pytest.raises(BadInput, match=message):
         run(monkeypatch, *flags, path)

@@ -1,4 +1,4 @@
-"""Runs that meet a problem or a signal: all processes save and stop, and the resumed run is the same run."""
+"""Runs that hit a problem or get a signal: all processes save and stop, and resuming gives the same run."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from data import stream_indices
 
 @pytest.fixture
 def own_data(folder, tmp_path):
-    """Settings of a run of five steps on a copy of the small toy's questions, which a test may change."""
+    """Settings for a five-step run on a copy of the small toy's questions, which a test may change."""
     shutil.copytree(folder / "train", tmp_path / "train")
     shutil.copy(folder / "train.jsonl", tmp_path)
     return dict(data=str(tmp_path / "train.jsonl"), max_steps=5, save_every=3)
@@ -66,7 +66,7 @@ def test_a_folder_belongs_to_one_run(folder, tmp_path, monkeypatch):
     run_script("train_sft", folder, tmp_path / "run", max_steps=1)  # a killed run does not keep the lock
 
 
-def test_a_clip_that_disappears_stops_a_run_that_saves(
+def test_a_run_saves_and_stops_when_a_clip_disappears(
     folder, tmp_path, monkeypatch, own_data, reward_odd_lengths
 ):
     run_script("train_grpo", folder, tmp_path / "whole", **own_data)
@@ -81,7 +81,7 @@ def test_a_clip_that_disappears_stops_a_run_that_saves(
 
 
 @pytest.mark.parametrize("error", [KeyError("answer"), BadInput("the judge does not answer")], ids=repr)
-def test_a_reward_that_fails_stops_a_run_that_saves(folder, tmp_path, monkeypatch, own_data, error):
+def test_a_run_saves_and_stops_when_a_reward_fails(folder, tmp_path, monkeypatch, own_data, error):
     """Whatever the error is: a bug in a fork's reward must not cost the steps before it."""
     calls = []
 
@@ -98,9 +98,7 @@ def test_a_reward_that_fails_stops_a_run_that_saves(folder, tmp_path, monkeypatc
     assert saved_steps(tmp_path / "run") == [2]
 
 
-def test_a_metrics_file_that_cannot_be_written_stops_a_run_that_saves(
-    folder, tmp_path, monkeypatch, own_data
-):
+def test_a_run_saves_and_stops_when_metrics_cannot_be_written(folder, tmp_path, monkeypatch, own_data):
     def harm():
         (tmp_path / "run" / "metrics.jsonl").unlink()
         (tmp_path / "run" / "metrics.jsonl").mkdir()
@@ -132,7 +130,7 @@ def test_a_loss_that_is_nan_stops_the_run_before_the_weights_change(
 
 
 def test_a_step_that_stops_a_run_again_and_again_can_be_skipped(folder, tmp_path, monkeypatch, own_data):
-    """A resumed run meets the same prompts again; the message says how to get past them."""
+    """A resumed run gets the same prompts again; the message says how to get past them."""
     broken = load_examples(own_data["data"])[stream_indices(24, 42, 4 * 2, 1)[0]].location  # of step 2
     plain = training.check_update
 
@@ -160,7 +158,7 @@ SIGNALS = {"with clips": (6, 2), "with silence": (9, 2), "at the end": (12, 4)}
 def test_a_signal_during_an_evaluation_is_obeyed(
     folder, tmp_path, monkeypatch, own_data, reward_odd_lengths, batches_before, saved
 ):
-    """Between two of its batches; the resumed run is the same run.
+    """Between two of its batches; resuming gives the same run.
 
     An evaluation, at steps 0, 2 and 4, has 3 batches with clips and 3 with silence.
     """
@@ -206,7 +204,7 @@ def test_a_signal_between_two_updates_waits_for_the_end_of_the_step(
 
 
 def test_an_ignored_signal_stays_ignored(folder, tmp_path, monkeypatch, own_data):
-    """As SIGHUP is under nohup."""
+    """Like SIGHUP under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     at_step(monkeypatch, "train_sft", 1, lambda: os.kill(os.getpid(), signal.SIGHUP))
     run_script("train_sft", folder, tmp_path / "run", **own_data)
@@ -231,7 +229,7 @@ train_grpo.check_update = check_update
 @pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [False, True], ids=["DDP", "FSDP2"])
 def test_a_problem_of_one_process_stops_and_saves_both(folder, tmp_path, own_data, fsdp):
-    """A clip of the second process disappears; the resumed run is the one that never stopped."""
+    """One of the second process's clips disappears; the resumed run equals one that never stopped."""
     settings = {name: config("train_grpo", folder, tmp_path / name, **own_data) for name in ("whole", "run")}
     launch(training_code("train_grpo"), *as_flags(settings["whole"]), fsdp=fsdp)
     gone = load_examples(own_data["data"])[stream_indices(24, 42, 4 * 3 + 2, 1)[0]].audio  # of step 3
@@ -247,7 +245,7 @@ def test_a_problem_of_one_process_stops_and_saves_both(folder, tmp_path, own_dat
 
 @pytest.mark.slow
 def test_metrics_that_one_process_cannot_write_stop_and_save_both(folder, tmp_path, own_data):
-    """At a step that is due for saving anyway; the other process must not wait in vain."""
+    """At a step that is due for saving anyway; the other process must not hang."""
     settings = config("train_grpo", folder, tmp_path / "run", **own_data)
     log = str(tmp_path / "run" / "metrics.jsonl")
     code = AT_STEP.format(step=2, action=f"os.remove({log!r}); os.mkdir({log!r})")

@@ -1,4 +1,4 @@
-"""The offline toy: its questions and sounds, its part in the scripts, and that GRPO teaches it."""
+"""The offline toy: its questions and sounds, its role in the scripts, and that GRPO improves it."""
 
 import os
 import re
@@ -64,12 +64,12 @@ def test_train_and_test_share_no_clip(folder):
     assert len(set(clips)) == 36
 
 
-# ---------------------------------------------------------------- its part in the scripts
+# ---------------------------------------------------------------- its role in the scripts
 
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
-    """The settings with which a script would train, where a toy was made and trained before."""
+    """The settings a script would train with, in a folder where a toy was already made and trained."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/toy/base").mkdir(parents=True)
     (tmp_path / "runs/toy/grpo/checkpoint-200").mkdir(parents=True)
@@ -162,7 +162,7 @@ def test_a_script_runs_alone_shares_the_cores_and_leaves_a_log(tmp_path, monkeyp
     script.write_text(
         f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "os.cpu_count = lambda: 12\n"
-        "import torch; torch.cuda.is_available = lambda: True\n"  # with a GPU as without one
+        "import torch; torch.cuda.is_available = lambda: True\n"  # the same with a GPU
         "from cli import BadInput, run_main\n"
         "def main(): raise BadInput(f\"{torch.get_num_threads()} threads, rank {os.environ.get('RANK')}\")\n"
         "run_main(main)\n"

@@ -38,7 +38,7 @@ def test_the_mean_is_over_tokens_and_then_over_completions():
 
 
 def test_loss_by_hand_with_clipping():
-    """Completions of two tokens and of one; the padding behind the second must not count."""
+    """Completions of two tokens and of one; the padding after the second must not count."""
     logps = torch.log(torch.tensor([[[0.6, 0.2], [0.1, 0.9]]])).requires_grad_()
     old = torch.log(torch.tensor([[[0.4, 0.2], [0.2, 0.9]]]))
     ref = torch.log(torch.tensor([[[0.3, 0.2], [0.1, 0.1]]]))
@@ -52,7 +52,7 @@ def test_loss_by_hand_with_clipping():
     assert tokens["clip_fraction_high"][mask].tolist() == [1, 0, 0]
     assert tokens["clip_fraction_low"][mask].tolist() == [0, 0, 1]
     loss.backward()
-    # a clipped token has no gradient but the KL's: d kl / d logp = 1 - ref / pi
+    # a clipped token has only the KL's gradient: d kl / d logp = 1 - ref / pi
     expected = [[[0.1 * 0.5 / 4, -1.0 / 4], [0.0, 0.0]]]
     assert torch.allclose(logps.grad, torch.tensor(expected), atol=1e-6)
 
@@ -162,7 +162,7 @@ def test_metrics_tell_thinking_from_answering(folder, tmp_path, monkeypatch):
 def test_token_metrics_are_means_over_all_tokens_of_the_step(
     folder, tmp_path, monkeypatch, reward_odd_lengths, plain_sgd
 ):
-    """Of all updates, whatever the micro-batches, and whatever mean the loss takes."""
+    """Over all updates, whatever the micro-batches, and however the loss averages."""
     plain, seen = train_grpo.grpo_loss, []
 
     def grpo_loss(logps, old_logps, ref_logps, advantages, mask, epsilon, beta):
@@ -177,7 +177,7 @@ def test_token_metrics_are_means_over_all_tokens_of_the_step(
     flags = dict(micro_batch=1, num_iterations=2, lr=3.0, max_steps=1)
     train(folder, tmp_path / "run", **flags)
     (line,) = metrics(tmp_path / "run")
-    expected = torch.cat(seen, 1).mean(1).tolist()  # over 2 x 4 micro-batches of unequal numbers of tokens
+    expected = torch.cat(seen, 1).mean(1).tolist()  # over 2 x 4 micro-batches with unequal numbers of tokens
     found = [line[name] for name in ("kl", "clip_fraction_low", "clip_fraction_high")]
     assert found == pytest.approx(expected, rel=1e-4) and min(found) > 0
     with monkeypatch.context() as patch:
@@ -298,7 +298,7 @@ def test_the_same_prompts_are_shown_with_the_same_random_numbers(folder, tmp_pat
     monkeypatch.setattr("train_grpo.accuracy_reward", lambda *args: 0.46 * odd_length(*args))
     train(folder, tmp_path / "run", prompts_per_step=6, max_steps=3, samples_every=2, lr=0.0)
     rows, rest = samples(tmp_path / "run")[:5], samples(tmp_path / "run")[5:]
-    texts, rewards = trained[1]  # of the step; the first call was for samples.jsonl
+    texts, rewards = trained[1]  # those of the step; the first call was for samples.jsonl
     total = sum(rewards.values())
     asked = load_examples(str(folder / "train.jsonl"))
     for b, (row, k) in enumerate(zip(rows, stream_indices(24, 42, 0, 5), strict=True)):
@@ -321,7 +321,7 @@ def test_the_same_prompts_are_shown_with_the_same_random_numbers(folder, tmp_pat
 def test_samples_do_not_depend_on_how_many_prompts_are_sampled_together(
     folder, tmp_path, monkeypatch, reward_odd_lengths, flags
 ):
-    """Nor does the training on them; parts of 4 prompts of 6 are uneven, and end at different lengths."""
+    """Nor does training; 6 prompts in parts of 4 are uneven, and the parts end at different lengths."""
     flags |= dict(prompts_per_step=6, samples_every=1, max_new_tokens=12, temperature=0.7)
     lengths = []
 
@@ -367,7 +367,7 @@ def test_a_clip_that_cannot_be_read_stops_the_run_or_is_skipped_and_counted(
     assert metrics(tmp_path / "skips")[0]["clips_skipped"] == pytest.approx(1 / 3, abs=1e-6)
     assert f"skipped: {tmp_path}/train.jsonl:2: {bad}" in capsys.readouterr().out
 
-    # the run equals that of a file in which the next row takes the place of the bad one
+    # the run equals one on a file in which the next row replaces the bad one
     (tmp_path / "other.jsonl").write_text("".join(json.dumps(rows[i]) + "\n" for i in (0, 2, 2)))
     train(folder, tmp_path / "other", **flags | dict(data=str(tmp_path / "other.jsonl")))
     (line,) = metrics(tmp_path / "other")

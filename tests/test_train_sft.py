@@ -67,7 +67,7 @@ def test_targets_end_as_a_turn_ends(toy_model, examples):
         assert m[0] and (m[:-1] >= m[1:]).all()  # padded on the right
 
 
-def test_it_learns_by_heart(folder, tmp_path):
+def test_it_overfits_a_few_rows(folder, tmp_path):
     few = tmp_path / "few.jsonl"
     few.write_text("".join(open(folder / "train.jsonl").readlines()[:4]))
     train(
@@ -104,7 +104,7 @@ def test_rows_without_a_thought_cannot_be_imitated(folder, tmp_path, thought):
         BadInput, match="rows:21: no thought to imitate [(]key 'thought', text without tags[)]"
     ):
         train(folder, tmp_path / "run", prompt="think", **flags)
-    train(folder, tmp_path / "answers", **flags)  # which need none
+    train(folder, tmp_path / "answers", **flags)  # answers need no thoughts
 
 
 # ---------------------------------------------------------------- LoRA
@@ -179,7 +179,7 @@ def test_the_learning_rate_warms_up_and_decays(folder, tmp_path):
     assert rates == pytest.approx([0.2, 0.4 * 7 / 8, 0.6 * 6 / 8, 0.8 * 5 / 8, 0.4, 0.3, 0.2, 0.1])
 
 
-def test_lora_learns_by_heart(folder, tmp_path):
+def test_lora_overfits_a_few_rows(folder, tmp_path):
     few = tmp_path / "few.jsonl"
     few.write_text("".join(open(folder / "train.jsonl").readlines()[:2]))
     flags = dict(

@@ -1,4 +1,4 @@
-"""What GRPO and SFT share: equal runs by different ways, batches made ahead, messages."""
+"""What GRPO and SFT share: equal runs by different routes, batches prepared ahead, messages."""
 
 import json
 import os
@@ -37,7 +37,7 @@ TWO_PROCESSES = {  # script, flags, FSDP2
     "SFT": ("train_sft", {}, False),
     "GRPO, FSDP2": ("train_grpo", {}, True),
     "GRPO with LoRA, FSDP2": ("train_grpo", dict(lora_rank=4), True),
-    # adapters in FSDP2's root too, which stays gathered after the reference was scored
+    # adapters in FSDP2's root too, which stays gathered after the reference is scored
     "GRPO with LoRA on the projector, FSDP2": (
         "train_grpo",
         dict(lora_rank=4, train=["projector", "language"]),
@@ -45,7 +45,7 @@ TWO_PROCESSES = {  # script, flags, FSDP2
     ),
     "SFT, FSDP2": ("train_sft", dict(train=["projector", "language"], gradient_checkpointing=True), True),
 }
-RECOMPUTED = {  # by accelerate's own setting
+RECOMPUTED = {  # through accelerate's own setting
     "GRPO, FSDP2, activations recomputed": ("train_grpo", {}, True),
     "GRPO with LoRA, FSDP2, activations recomputed": ("train_grpo", dict(lora_rank=4), True),
 }
@@ -105,7 +105,7 @@ UNSUPPORTED = {  # what accelerate was told, by its configuration or by the envi
     "dynamo": ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "accelerate's dynamo_backend must be no"),
     "accumulation": (
         {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
-        "accelerate's gradient_accumulation_steps must be 1: --micro_batch accumulates here",
+        "accelerate's gradient_accumulation_steps must be 1: use --micro_batch instead",
     ),
     "fp16": ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "fp16"),
 }
@@ -137,7 +137,7 @@ def test_other_settings_of_fsdp2_are_refused(folder, tmp_path, options, says):
 
 
 def test_weights_under_other_names_are_not_saved(folder, tmp_path, monkeypatch):
-    """As a wrapper that accelerate puts around a layer would name them: nobody could load that."""
+    """As if accelerate had wrapped a layer and so renamed its weights: nobody could load that."""
     plain = Accelerator.get_state_dict
 
     def renamed(*args):
@@ -151,7 +151,7 @@ def test_weights_under_other_names_are_not_saved(folder, tmp_path, monkeypatch):
 
 def test_completions_that_do_not_end_are_reported_once(folder, tmp_path, capsys):
     run_script("train_grpo", folder, tmp_path / "run")
-    assert capsys.readouterr().out.count("more than half of the completions do not end") == 1
+    assert capsys.readouterr().out.count("more than half of the completions are cut off") == 1
 
 
 # ---------------------------------------------------------------- batches, messages
@@ -174,7 +174,7 @@ def test_a_batch_is_prepared_while_the_current_one_is_used(
     for step in range(3):
         batch = next(batches)
         assert batch.first == 4 * step and len(batch.examples) == 4
-        assert step == 2 or began[step + 1].wait(30)  # although nobody has asked for it
+        assert step == 2 or began[step + 1].wait(30)  # although nobody has asked for it yet
         assert step > 0 or not began[2].is_set()  # and only one is prepared ahead
     assert next(batches, None) is None
 
@@ -192,7 +192,7 @@ def test_a_bad_clip_stops_the_run_at_its_own_step(folder, tmp_path):
 
 
 def test_a_bad_row_is_replaced_however_often_it_comes_up(folder, tmp_path, toy_model, capsys):
-    """The batch meets more bad clips than there are rows, but half of the rows can be read."""
+    """The batch hits more bad clips than there are rows, but half of the rows can be read."""
     rows = load_examples(str(folder / "train.jsonl"))[:4]
     examples = [replace(row, audio=str(tmp_path / "no.wav")) for row in rows[:2]] + rows[2:]
     settings = config("train_grpo", folder, tmp_path, prompts_per_step=32, skip_bad_audio=True)

@@ -1,4 +1,4 @@
-"""The trial for a first GPU: its stages run, end when they should, and leave what they found."""
+"""tools.trial: its stages run, end when they should, and write what they measured."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def test_every_stage_runs_on_a_cpu(tmp_path):
 
 
 def test_a_stage_that_hangs_is_stopped_and_the_next_one_runs(tmp_path, monkeypatch):
-    """By its limit, with the processes that it started."""
+    """At its time limit, together with the processes that it started."""
     monkeypatch.setattr(trial, "ROOT", tmp_path)
     (tmp_path / "tools").mkdir()
     code = "import subprocess, sys, time\nsubprocess.Popen(['sleep', '987'])\ntime.sleep(987)\n"

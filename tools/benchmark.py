@@ -1,13 +1,13 @@
-"""What it saves to compute a prompt once per group, and where the time goes: shared against repeated prompts.
+"""What computing the prompt once per group saves, and where the time goes: shared vs. repeated prompts.
 
     python -m tools.benchmark                             # a small Qwen2-Audio on a CPU, five minutes
-    python -m tools.benchmark --growth                    # and how an update grows: 15 GB, ten minutes more
+    python -m tools.benchmark --growth                    # also how update time grows: 15 GB, 10 more minutes
     python -m tools.benchmark --size 7b --json 7b.json    # the real configuration, random weights, bf16, GPU
     python -m tools.benchmark --arithmetic                # 1 to 64 GPUs, by arithmetic only
 
-"Repeated" is upstream's way: prompt and audio go through encoder and language model G times (`generate` with
-num_return_sequences), rows are padded, and every position gets logits. The small model is scaled so that
-encoder, prompt and completions have the same shares of the cost as at full size; the output gives the shares.
+"Repeated" is what upstream does: prompt and audio go through encoder and language model G times (`generate`
+with num_return_sequences), rows are padded, and every position gets logits. The small model is scaled so that
+encoder, prompt and completions take the same shares of the cost as at full size; the output shows them.
 """
 
 import gc
@@ -34,9 +34,9 @@ from data import SAMPLE_RATE, write_atomically
 from model import repeated_logps, sample, shared_prompt_logps
 from training import now
 
-TEXT_TOKENS = 60  # of a prompt, besides the audio's
-PLACEHOLDER = 5  # id of the token in whose places the audio goes
-# G, seconds of sound, fewest and most tokens of a completion
+TEXT_TOKENS = 60  # in a prompt, besides the audio tokens
+PLACEHOLDER = 5  # id of the audio placeholder token
+# G, seconds of audio, fewest and most tokens in a completion
 SETTINGS = [(8, 10, (10, 16)), (4, 30, (10, 16)), (8, 10, (64, 128))]
 GROWTH_SETTING = (16, 10, (10, 16))
 
@@ -44,8 +44,8 @@ GROWTH_SETTING = (16, 10, (10, 16))
 @dataclass
 class Config:
     size: str = HfArg(default="small", help="small, or 7b: the real configuration, on a GPU")
-    growth: bool = HfArg(default=False, help="also measure how an update grows: 15 GB, ten minutes")
-    arithmetic: bool = HfArg(default=False, help="only calculate what 1 to 64 GPUs would take")
+    growth: bool = HfArg(default=False, help="also measure how update time grows: 15 GB, ten minutes")
+    arithmetic: bool = HfArg(default=False, help="only calculate what a step would cost on 1 to 64 GPUs")
     json: str = HfArg(default="", help="also write the numbers to this file")
     micro_batch: int = HfArg(default=4, help="prompts per forward pass in the training step")
 
@@ -54,9 +54,9 @@ class Config:
 
 
 def make_model(size: str, device: str = "cpu", dtype: torch.dtype = torch.float32):
-    """A model with random weights: the real configuration ("7b"), or a small one of its proportions.
+    """A model with random weights: the real configuration ("7b"), or a small one with its proportions.
 
-    "tiny" has other proportions: it only shows that code runs.
+    "tiny" has other proportions: it only shows that the code runs.
     """
     if size == "7b":
         audio = Qwen2AudioEncoderConfig()
@@ -156,7 +156,7 @@ WAYS = {"shared": (shared_sample, shared_prompt_logps), "repeated": (repeated_sa
 def check_agreement(shared: torch.Tensor, repeated: torch.Tensor, dtype: torch.dtype) -> None:
     """Raise RuntimeError if the log-probs of the two ways differ: comparing their costs would be pointless.
 
-    dtype: of the model. In bf16 a single log-prob is inexact, so the mean difference counts.
+    dtype: the model's. In bf16 a single log-prob is inexact, so only the mean difference counts.
     """
     gap = (shared - repeated).abs()
     agrees = gap.max() < 1e-4 if dtype == torch.float32 else gap.mean() < 0.05
@@ -174,7 +174,7 @@ def seconds(run, *args) -> float:
 
 
 def memory(model, logps, *args) -> int:
-    """Bytes for the backward pass of logps(model, *args): on a GPU the peak, else what autograd keeps."""
+    """Bytes for the backward pass of logps(model, *args): on a GPU the peak, else what autograd saves."""
     if model.device.type == "cuda":
         model.zero_grad(set_to_none=False)  # so that gradients are allocated before as well as after
         torch.cuda.reset_peak_memory_stats()
@@ -182,7 +182,7 @@ def memory(model, logps, *args) -> int:
         logps(model, *args).sum().backward()
         return torch.cuda.max_memory_allocated() - before
 
-    sizes = {}  # by address: tensors share storages, and each counts once
+    sizes = {}  # by address: tensors can share a storage, which then counts once
 
     def pack(tensor):
         storage = tensor.untyped_storage()
@@ -201,7 +201,8 @@ def compare(
 ) -> dict:
     """Seconds and MiB of both ways and their ratios, as medians over repeats.
 
-    Without updates, nor their memory: four prompts, repeated, do not fit on a card with the 7B model.
+    updates=False leaves out updates and their memory: with the 7B model four repeated prompts do not fit on a
+    card.
     """
     inputs, ids, mask = make_group(model, prompts, G, clip_seconds, completion_tokens)
     with torch.no_grad():
@@ -238,7 +239,7 @@ def compare(
         "MiB": {},
     }
     for name, phase in phases.items():
-        # the two ways take turns, so that other load on the machine disturbs both
+        # the two ways take turns, so that other load on the machine affects both alike
         rounds = []
         for _ in range(repeats + 1):
             rounds.append({way: seconds(phase, *functions) for way, functions in WAYS.items()})
@@ -255,7 +256,7 @@ def compare(
 
 
 def free(model) -> None:
-    """Drop a model's weights and gradients, and return what torch keeps cached of the GPU's memory."""
+    """Drop a model's weights and gradients, and release the GPU memory that torch has cached."""
     for p in model.parameters():
         p.grad = None
     model.to("meta")
@@ -265,7 +266,7 @@ def free(model) -> None:
 
 
 def update_seconds(model, G: int, completion_tokens: tuple[int, int], repeats: int = 3) -> float:
-    """Median seconds of forward and backward of one group with a 10 s clip, with a shared prompt."""
+    """Median seconds for a forward and backward pass over one group with a 10 s clip and a shared prompt."""
     inputs, ids, mask = make_group(model, 1, G, 10, completion_tokens)
 
     def update():
@@ -277,7 +278,7 @@ def update_seconds(model, G: int, completion_tokens: tuple[int, int], repeats: i
 
 
 def measure_growth(model) -> dict[str, dict[int, float]]:
-    """Seconds of an update by the size of the group, and by the length of its completions."""
+    """Seconds per update, by group size and by completion length."""
     sizes = (1, 2, 4, 8, 16, 32, 64)
     lengths = (8, 16, 32, 64, 128, 256, 512)
     return {
@@ -293,7 +294,7 @@ def measure_step(model, micro_batch: int, prompts: int = 16, prompt="answer", to
     """
     with tempfile.TemporaryDirectory() as folder:
         write_task(model, folder, prompts)
-        free(model)  # train_grpo.py, a process of its own, needs the memory
+        free(model)  # train_grpo.py runs in a process of its own, which needs the memory
         flags = f"--prompts_per_step {prompts} --micro_batch {micro_batch}"
         flags += f" --max_steps 3 --prompt {prompt} --max_new_tokens {tokens}"
         metrics = train_steps(folder, "run", flags)[-1]
@@ -317,7 +318,7 @@ def write_task(model, folder: str, prompts: int) -> None:
 
 
 def train_steps(folder: str, run: str, flags: str) -> list[dict]:
-    """Train on a task of write_task with LoRA, in a process of its own; returns the lines of its metrics."""
+    """Train with LoRA on what write_task wrote, in a separate process; returns the lines of metrics.jsonl."""
     flags = f"--model {folder}/model --data {folder}/train.jsonl --output {folder}/{run} {flags}"
     flags += " --lora_rank 16 --lr 1e-5"
     precision = {"ACCELERATE_MIXED_PRECISION": "bf16" if torch.cuda.is_available() else "no"}
@@ -347,7 +348,7 @@ run_main(lambda: train_grpo.train(parse(train_grpo.Config, "")))
 
 
 def write_script(folder: str) -> str:
-    """Write train_grpo.py with a reward for every other completion; returns the script's path.
+    """Write a script: train_grpo.py, but rewarding every other completion. Returns its path.
 
     A random model is never right. Without a reward it would have no gradient, and would learn nothing.
     """
@@ -357,25 +358,25 @@ def write_script(folder: str) -> str:
 
 
 def needed_flops(model, G: int, clip_seconds: int, tokens: float, frames: int = 0) -> dict[str, float]:
-    """Floating-point operations of a forward pass over one group with a shared prompt, by part of the model.
+    """Floating-point operations of a forward pass over one group with a shared prompt, by part.
 
-    tokens: mean length of a completion. frames: that the encoder runs over, 50 per second; 0: of the clip.
+    tokens: mean length of a completion. frames: how many the encoder processes, 50 per second; 0: the clip's.
     """
     encoder = model.model.audio_tower.layers
     lm = model.model.language_model.layers
     frames = frames or 50 * clip_seconds
     P = 25 * clip_seconds + TEXT_TOKENS  # tokens of the prompt
-    N = G * tokens  # of all completions
+    N = G * tokens  # tokens of all completions
 
     # per token, one multiplication and one addition for each weight of a matrix
     encoder_weights = sum(p.numel() for p in encoder.parameters() if p.dim() == 2)
     lm_weights = sum(p.numel() for p in lm.parameters() if p.dim() == 2)
     head_weights = model.lm_head.weight.numel()
-    # per pair of tokens, attention multiplies queries with keys, and weights with values
+    # per pair of tokens, attention multiplies queries by keys, and attention weights by values
     encoder_pair = 4 * model.config.audio_config.d_model * len(encoder)
     lm_pair = 4 * model.config.text_config.hidden_size * len(lm)
 
-    completion_pairs = N * (P + tokens / 2)  # a completion sees the prompt and, on average, half of itself
+    completion_pairs = N * (P + tokens / 2)  # a token sees the prompt and, on average, half of its completion
     return {
         "encoder": 2 * encoder_weights * frames + encoder_pair * frames**2,
         "prompt": 2 * lm_weights * P + lm_pair * P**2 / 2,
@@ -393,12 +394,12 @@ def matrix_rate(device, dtype) -> float:
 
 
 def measure(config: Config) -> None:
-    """Measure everything, print it, and write --json after each part: what is measured is not lost."""
+    """Measure everything, print it, and write --json after each part, so that no measurement is lost."""
     is_real = config.size == "7b"
     model = make_model("7b", "cuda", torch.bfloat16) if is_real else make_model("small")
     device = torch.cuda.get_device_name() if is_real else f"CPU, {torch.get_num_threads()} threads"
     print(f"{config.size} on {device}, torch {torch.__version__}, transformers {transformers.__version__}")
-    show_shares(needed_flops(model, 8, 10, 13, frames=1500))  # the model's own forward always takes 30 s
+    show_shares(needed_flops(model, 8, 10, 13, frames=1500))  # the model's own forward always encodes 30 s
 
     settings = SETTINGS + [GROWTH_SETTING] if config.growth else SETTINGS
     found = {"size": config.size, "device": device, "settings": []}
@@ -414,7 +415,7 @@ def measure(config: Config) -> None:
     first = found["settings"][0]
     times = first["seconds"]
     rate = matrix_rate(model.device, model.dtype)
-    flops = 3 * sum(needed_flops(model, 8, 10, 13).values())  # the backward pass is twice the forward pass
+    flops = 3 * sum(needed_flops(model, 8, 10, 13).values())  # the backward pass costs twice the forward pass
     found["matrix_tflops"] = rate / 1e12
     found["update_tflop"] = flops / 1e12
     found["update_share"] = flops / times["update"]["shared"] / rate
@@ -426,7 +427,7 @@ def measure(config: Config) -> None:
     found["steps"] = [measure_step(model, config.micro_batch)]
     write_found(config, found)
     show_step(found["steps"][0])
-    if is_real:  # long completions, too: the small model is not worth the time
+    if is_real:  # long completions, too; not worth the time with the small model
         model = make_model("7b", "cuda", torch.bfloat16)
         found["steps"].append(measure_step(model, 1, prompt="think", tokens=256))
         write_found(config, found)
@@ -487,12 +488,12 @@ def show_step(found: dict) -> None:
 
 # an H100 SXM in bf16
 FLOPS = 989e12  # per second
-SHARE = 0.45  # of these, in practice
-MEMORY_RATE = 3.35e12  # bytes per second, and so below
+SHARE = 0.45  # fraction of these that is reached in practice
+MEMORY_RATE = 3.35e12  # bytes per second, like the next two
 NODE_RATE = 450e9  # within a node of 8 GPUs
 NETWORK_RATE = 50e9  # between nodes
 
-METHODS = ("LoRA, DDP", "all weights, FSDP2", "all weights, FSDP2 in a node, copies across")
+METHODS = ("LoRA, DDP", "all weights, FSDP2", "all weights, FSDP2 in a node, replicas across")
 ADAPTER_WEIGHTS = 40e6
 
 
@@ -512,8 +513,8 @@ class Cost:
 def arithmetic(prompts: int = 16, G: int = 8, tokens: int = 13) -> list[Cost]:
     """The cost of a step by method and number of GPUs.
 
-    Counted are operations (the encoder runs once under LoRA), weights read once per token decoded, memory,
-    and bytes exchanged; not counted are kernel launches, activations, and overlap.
+    It counts operations (the encoder runs once under LoRA), weights read once per decoded token, memory,
+    and bytes exchanged, but no kernel launches, activations or overlap.
     """
     model = make_model("7b", "meta")
     n = sum(p.numel() for p in model.parameters())
@@ -521,16 +522,16 @@ def arithmetic(prompts: int = 16, G: int = 8, tokens: int = 13) -> list[Cost]:
     costs = []
     for gpus in (1, 8, 16, 64):
         nodes = max(1, gpus // 8)
-        own_prompts = max(1, prompts // gpus)  # above `prompts` GPUs a step has one prompt per GPU
+        own_prompts = max(1, prompts // gpus)  # with more GPUs than `prompts`, a step has one prompt per GPU
         decoding = tokens * 2 * n / MEMORY_RATE
         for method in METHODS:
             prefill = flops["encoder"] + flops["prompt"]
             if method.startswith("LoRA"):
-                # reference, forward, and backward, which goes through activations only
+                # reference, forward, and backward, which is for activations only
                 operations = prefill + 3 * (flops["prompt"] + flops["completions"])
                 memory, in_node, across = lora_bytes(n, gpus, nodes)
             else:
-                # reference, forward, and backward, which is twice the forward
+                # reference, forward, and backward, which costs twice the forward
                 operations = prefill + 4 * sum(flops.values())
                 shards = gpus if method.endswith("FSDP2") else min(gpus, 8)
                 memory, in_node, across = fsdp_bytes(n, gpus, nodes, shards, own_prompts)
@@ -540,34 +541,34 @@ def arithmetic(prompts: int = 16, G: int = 8, tokens: int = 13) -> list[Cost]:
 
 
 def lora_bytes(n: int, gpus: int, nodes: int) -> tuple[float, float, float]:
-    """Memory, bytes exchanged in the node and between nodes, for n frozen weights in bf16, and adapters."""
+    """Memory, and bytes exchanged within and between nodes, for n frozen weights in bf16 plus adapters."""
     memory = 2 * n + 16 * ADAPTER_WEIGHTS  # fp32: adapters, gradients, two moments of AdamW
     exchanged = 2 * 4 * ADAPTER_WEIGHTS  # an all-reduce sends the gradients twice
     return memory, exchanged if gpus > 1 else 0.0, exchanged if nodes > 1 else 0.0
 
 
 def fsdp_bytes(n: int, gpus: int, nodes: int, shards: int, prompts: int) -> tuple[float, float, float]:
-    """Memory, bytes exchanged in the node and between nodes, for n trained weights in so many shards."""
+    """Memory, and bytes exchanged within and between nodes, for n trained weights in `shards` shards."""
     memory = (16 + 2) * n / shards  # fp32: weights, gradients, two moments of AdamW; bf16: the reference
     if gpus > 1:
-        memory += 2 * n  # all weights in bf16 while it samples
+        memory += 2 * n  # all weights in bf16 during sampling
     if shards == 1:
         return memory, 0.0, 0.0
     # gathered in bf16 for sampling, then per prompt for reference, forward and backward; gradients in fp32
     exchanged = 2 * n + prompts * (3 * 2 * n + 4 * n)
     if nodes == 1:
         return memory, exchanged, 0.0
-    if shards > 8:  # the shards of a copy of the model are on several nodes
+    if shards > 8:  # the shards of one replica are on several nodes
         return memory, exchanged, exchanged
-    return memory, exchanged, 2 * 4 * n / shards  # an all-reduce of the gradients between the copies
+    return memory, exchanged, 2 * 4 * n / shards  # an all-reduce of the gradients between the replicas
 
 
 def show_arithmetic() -> None:
     print(f"by arithmetic, not measured: {SHARE:.0%} of {FLOPS / 1e12:.0f} TFLOP/s, ", end="")
-    print(f"{MEMORY_RATE / 1e12} TB/s of memory,")
+    print(f"{MEMORY_RATE / 1e12} TB/s memory bandwidth,")
     print(f"{NODE_RATE / 1e9:.0f} GB/s within a node, {NETWORK_RATE / 1e9:.0f} GB/s between nodes;")
-    print("one GPU's part of a step of 16 prompts x 8 (on 64 GPUs of 64), 10 s clips, 13 tokens\n")
-    print("| | GPUs | compute, s | decoding, s | memory, GB | GB in the node | GB between nodes | bound by |")
+    print("one GPU's part of a step of 16 prompts x 8 (64 prompts on 64 GPUs), 10 s clips, 13 tokens\n")
+    print("| | GPUs | compute, s | decoding, s | memory, GB | GB within node | GB between nodes | bound by |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for cost in arithmetic():
         times = {

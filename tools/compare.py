@@ -2,10 +2,10 @@
 
     python -m tools.compare                  # 45 runs: five methods, three learning rates, three seeds
     python -m tools.compare --task music     # train on another task
-    python -m tools.compare --quick          # one seed and half of the steps
+    python -m tools.compare --quick          # one seed and half the steps
 
-As many runs as there are cores go side by side, at most eight. An interrupted command continues where it
-stopped: results in runs/toy/compare are used again, so remove that folder after a change of the code.
+Runs go in parallel, one per core, at most eight. An interrupted command continues where it stopped: results
+in runs/toy/compare are reused, so remove that folder after you change the code.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from toy import FOLDER, N_TEST, make_data, make_missing, run_script
 TASKS = ["sound", "music", "speech"]
 SEEDS = [1, 2, 3]
 SKILLED = 95  # % on the trained task
-STUDENT_T = 4.303  # 97.5 % quantile with two degrees of freedom, which three seeds have
+STUDENT_T = 4.303  # 97.5 % quantile for two degrees of freedom, that is, three seeds
 
 
 @dataclass
@@ -54,17 +54,17 @@ PAIRS = [("GRPO", "full SFT"), ("GRPO, beta 0.2", "full SFT"), ("GRPO, LoRA", "L
 
 @dataclass
 class Comparison:
-    """Where the runs of one command are, and what they have in common."""
+    """Where the runs of one command are stored, and the settings they share."""
 
     tasks: list[str]  # the trained one first
     folder: str
     seeds: list[int]
     steps: int
-    parallel: int  # runs side by side
+    parallel: int  # runs at a time
 
 
 def compare(task: str = "sound", quick: bool = False) -> None:
-    """Train each method on one task and measure it on all; prints two tables and draws a picture."""
+    """Train each method on one task and measure it on all; print two tables and draw a plot."""
     make_missing("base")
     tasks = sorted(TASKS, key=lambda name: name != task)
     parallel = min(8, os.cpu_count())
@@ -84,11 +84,11 @@ def compare(task: str = "sound", quick: bool = False) -> None:
     print("\n".join([*accuracy_table(tasks, base, scores), "", *difference_table(tasks, scores)]))
     picture = f"{settings.folder}/compare.svg"
     draw(tasks, base, scores).savefig(picture)
-    print(f"\nthe picture is {picture}")
+    print(f"\nplot saved to {picture}")
 
 
 def run_all(settings: Comparison) -> np.ndarray:
-    """Train and measure every method, learning rate and seed; scores (seeds, methods, learning rates, 4)."""
+    """Train and measure all methods, learning rates and seeds; returns scores (seeds, methods, rates, 4)."""
     with ThreadPoolExecutor(settings.parallel) as pool:
         runs = []
         for seed in settings.seeds:
@@ -99,7 +99,7 @@ def run_all(settings: Comparison) -> np.ndarray:
             for run in tqdm(as_completed(runs), total=len(runs), unit="run"):
                 run.result()
         except KeyboardInterrupt:  # the scripts have received it too: they save and stop
-            raise BadInput("interrupted; the same command continues") from None
+            raise BadInput("interrupted; run the same command again to continue") from None
         finally:
             pool.shutdown(cancel_futures=True)
     scores = [run.result() for run in runs]
@@ -107,7 +107,7 @@ def run_all(settings: Comparison) -> np.ndarray:
 
 
 def train_and_measure(settings: Comparison, name: str, rate: str, seed: int) -> list[float]:
-    """The scores of one run, which is trained unless it already was; see `measure`."""
+    """Train a run, unless that is done already, and return its scores; see `measure`."""
     method = METHODS[name]
     output = f"{settings.folder}/{name.replace(',', '').replace(' ', '-')}-{rate}-{seed}"
     is_trained = any(os.path.exists(f"{output}/{file}") for file in MODEL_FILES)
@@ -120,7 +120,7 @@ def train_and_measure(settings: Comparison, name: str, rate: str, seed: int) -> 
 
 
 def measure(settings: Comparison, model: str, output: str) -> list[float]:
-    """Accuracy in % on each task, the trained one first, and the mean of the two others: four numbers."""
+    """Accuracy in % on each task, the trained one first, and the mean of the other two: four numbers."""
     results = f"{output}/results.json"
     if not os.path.exists(results):
         shutil.rmtree(output, ignore_errors=True)  # an interrupted evaluation, which cannot be continued
@@ -140,14 +140,14 @@ def accuracy_table(tasks: list[str], base: np.ndarray, scores: np.ndarray) -> li
 
     base: (4,); scores: (seeds, methods, learning rates, 4).
     """
-    lines = [f"| accuracy in % | lr | {tasks[0]} (trained) | {tasks[1]} | {tasks[2]} | both others |"]
+    lines = [f"| accuracy in % | lr | {tasks[0]} (trained) | {tasks[1]} | {tasks[2]} | the other two |"]
     lines.append("| --- | --- | --- | --- | --- | --- |")
     cells = [f"{value:.1f}" for value in base]
     lines.append(f"| base | | {' | '.join(cells)} |")
     for m, (name, method) in enumerate(METHODS.items()):
         for r, rate in enumerate(method.rates):
             cells = []
-            for values in scores[:, m, r].T:  # (seeds,), of each task
+            for values in scores[:, m, r].T:  # (seeds,), for each task
                 cell = f"{values.mean():.1f}"
                 if len(values) > 1:
                     cell += f" ({values.min():.1f} to {values.max():.1f})"
@@ -157,8 +157,8 @@ def accuracy_table(tasks: list[str], base: np.ndarray, scores: np.ndarray) -> li
 
 
 def difference_table(tasks: list[str], scores: np.ndarray) -> list[str]:
-    """Markdown lines: GRPO minus SFT at equal skill, mean and 95 % t-interval over pairs of one seed."""
-    names = f"{tasks[0]} (trained) | {tasks[1]} | {tasks[2]} | both others"
+    """Markdown lines: GRPO minus SFT at equal skill, mean and 95 % t-interval, paired by seed."""
+    names = f"{tasks[0]} (trained) | {tasks[1]} | {tasks[2]} | the other two"
     lines = [f"| difference in points at {SKILLED} % on {tasks[0]} | {names} |"]
     lines.append("| --- | --- | --- | --- | --- |")
     chosen = choose_at_equal_skill(scores)
@@ -167,10 +167,10 @@ def difference_table(tasks: list[str], scores: np.ndarray) -> list[str]:
         grpo_scores = chosen[:, indices.index(grpo)]  # (seeds, 4)
         sft_scores = chosen[:, indices.index(sft)]
         cells = []
-        for values in (grpo_scores - sft_scores).T:  # (seeds,), of each task
+        for values in (grpo_scores - sft_scores).T:  # (seeds,), for each task
             mean = values.mean()
             cell = f"{mean:+.1f}"
-            if len(values) == len(SEEDS):  # STUDENT_T is for this many
+            if len(values) == len(SEEDS):  # STUDENT_T assumes this many seeds
                 half = STUDENT_T * values.std(ddof=1) / len(values) ** 0.5
                 cell += f" ({mean - half:+.1f} to {mean + half:+.1f})"
             cells.append(cell)
@@ -217,7 +217,7 @@ def main() -> None:
     kind = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
     parser.add_argument("--task", choices=TASKS, default="sound", help="the task to train on")
-    parser.add_argument("--quick", action="store_true", help="one seed and half of the steps")
+    parser.add_argument("--quick", action="store_true", help="one seed and half the steps")
     flags = parser.parse_args()
     compare(flags.task, flags.quick)
 

@@ -1,4 +1,4 @@
-"""Prepare data: convert a dataset of the hub, or AVQA; check a file of questions; filter it.
+"""Prepare data: convert a dataset from the hub, or AVQA; check a file of questions; filter it.
 
 python -m tools.prepare_data hub TwinkStart/MMAU --split v05.15.25 --output mmau
 python -m tools.prepare_data avqa train_qa.json --audio_dir vggsound-audio --output avqa_train.jsonl
@@ -36,7 +36,7 @@ def check_free(path: str) -> None:
 
 
 def write_converted(source: str, target: str, rows: list[dict], refused: list[dict]) -> None:
-    """Write the converted rows to `target`, the others beside it, and print how many there are of each.
+    """Write the converted rows to `target` and the rejected ones next to it, and print both counts.
 
     refused: {"reason", "row"} for every row that cannot be used. Raises BadInput if no row can be used.
     """
@@ -61,9 +61,9 @@ def write_converted(source: str, target: str, rows: list[dict], refused: list[di
 
 
 def hub(name: str, output: str, split: str = "", limit: int = 0, video_to_audio: bool = False) -> None:
-    """Convert a dataset of the hub, or a local one, into questions.jsonl and a folder of clips.
+    """Convert a dataset from the hub, or a local one, into questions.jsonl and a folder of clips.
 
-    Every clip is written once, as the bytes it came in; a repeated call does not write it again. Rows that
+    Each clip is copied byte for byte, and only once: a repeated call does not write it again. Rows that
     cannot be used are written to questions.left_out.jsonl, each with the reason.
     """
     target = os.path.join(output, "questions.jsonl")
@@ -71,7 +71,7 @@ def hub(name: str, output: str, split: str = "", limit: int = 0, video_to_audio:
     lock = lock_folder(output)  # noqa: F841, locked until this function returns
     os.makedirs(os.path.join(output, "clips"), exist_ok=True)
 
-    folder = None  # of clips beside the rows
+    folder = None  # where a local dataset has its clips
     if os.path.isdir(name):
         folder = name
     elif os.path.isfile(name):
@@ -79,7 +79,7 @@ def hub(name: str, output: str, split: str = "", limit: int = 0, video_to_audio:
 
     questions = []
     refused = []
-    indices = []  # answers that are integers, each with the reason if its row is refused
+    indices = []  # integer answers, each with the reason if its row was refused
     rows = islice(load_rows(name, split), limit or None)
     for row, location in tqdm(rows, desc="rows", total=limit or None, disable=None):
         reason = ""
@@ -93,27 +93,27 @@ def hub(name: str, output: str, split: str = "", limit: int = 0, video_to_audio:
             reason = str(error)
             refused.append({"reason": reason, "row": to_json(row)})
         else:
-            # named by its content: safe, and the same on every call
+            # named after a hash of its content: safe, and the same on every call
             clip = f"clips/{hashlib.sha256(content).hexdigest()[:32]}.{extension}"
             clip_path = os.path.join(output, clip)
             if not os.path.exists(clip_path):
                 write_atomically(clip_path, content)
             questions.append(to_json({"audio": clip, **question}))
-            if len(questions) <= 3:  # for the user to see whether the conversion is right
+            if len(questions) <= 3:  # so that the user can check the conversion
                 shown = {key: questions[-1][key] for key in ("audio", "question", "choices", "answer")}
                 tqdm.write(printable(f"{location}: {shown}"))
         if isinstance(row, dict) and type(row.get("answer")) is int:
             indices.append((row["answer"], reason))
 
     if count_from_one(indices):
-        raise BadInput(f"{name}: the answers seem to be indices from 1; write them from 0, or as text")
+        raise BadInput(f"{name}: the answers look like 1-based indices; use 0-based ones, or text")
     write_converted(name, target, questions, refused)
 
 
 def count_from_one(indices: list[tuple[int, str]]) -> bool:
-    """Whether answers seem to be indices from 1: none is 0, and at least one is past the last option."""
+    """Whether the answers look like 1-based indices: none is 0, and at least one is past the last option."""
     has_zero = any(index <= 0 for index, _ in indices)
-    is_past_last = any("is none of the options" in reason for _, reason in indices)
+    is_past_last = any("is not among the options" in reason for _, reason in indices)
     return is_past_last and not has_zero
 
 
@@ -133,14 +133,14 @@ def load_rows(name: str, split: str) -> Iterator[tuple[object, str]]:
 
 
 def open_dataset(name: str, split: str):
-    """Open a dataset of the hub, a folder, or a file with the library `datasets`.
+    """Open a dataset from the hub, a folder, or a file with the `datasets` library.
 
-    Returns an iterable of rows, which are read as they are needed.
+    Returns an iterable of rows, which are read lazily.
     """
     try:
         from datasets import load_dataset
     except ImportError:
-        raise BadInput("`pip install datasets` first: it reads the hub, parquet and arrow") from None
+        raise BadInput("`pip install datasets` first: it reads hub datasets, parquet and arrow") from None
 
     if os.path.isfile(name):
         kind = "parquet" if name.endswith(".parquet") else "arrow"
@@ -159,7 +159,7 @@ def open_dataset(name: str, split: str):
 
 
 def to_json(row: object) -> object:
-    """The row as JSON can hold it: bytes become their number, dates and the like become text."""
+    """The row in a form that JSON can store: bytes become their count, dates and the like become text."""
 
     def replacement(value) -> str:
         return f"<{len(value)} bytes>" if isinstance(value, bytes) else str(value)
@@ -171,12 +171,12 @@ def to_json(row: object) -> object:
 
 
 def is_clip(value: object) -> bool:
-    """Whether a value is {"bytes", "path"}, as datasets hold audio that is not decoded."""
+    """Whether a value is {"bytes", "path"}, the form in which `datasets` returns undecoded audio."""
     return isinstance(value, dict) and len(value) > 0 and value.keys() <= {"bytes", "path"}
 
 
 def contains_clips(value: object) -> bool:
-    """Whether the value of a column is a clip or a list with clips."""
+    """Whether the value of a column is a clip or a list that contains clips."""
     if isinstance(value, list):
         return any(is_clip(item) for item in value)
     return is_clip(value)
@@ -185,7 +185,7 @@ def contains_clips(value: object) -> bool:
 def find_clip(row: dict, folder: str | None) -> tuple[bytes, str]:
     """Content and name of a row's clip. Raises BadInput unless the row has exactly one.
 
-    folder: where to look for a clip that is only named; None for a dataset of the hub.
+    folder: where to look for a clip given only by name; None for a dataset from the hub.
     """
     columns = [column for column in row if contains_clips(row[column])]
     if not columns:
@@ -196,7 +196,7 @@ def find_clip(row: dict, folder: str | None) -> tuple[bytes, str]:
         value = row[column]
         clips += value if isinstance(value, list) else [value]
     if len(clips) != 1:
-        where = ", ".join(columns) or "no column audio"
+        where = ", ".join(columns) or "no audio column"
         raise BadInput(f"has {len(clips)} clips ({where}), not one")
 
     clip = clips[0] if is_clip(clips[0]) else {"path": clips[0]}
@@ -206,7 +206,7 @@ def find_clip(row: dict, folder: str | None) -> tuple[bytes, str]:
     if not isinstance(path, str) or not path.strip():
         raise BadInput(f"the clip is empty (column {columns[0]})")
     if folder is None:
-        instead = "`hf download` it, unpack its archives, and name its file of questions instead"
+        instead = "`hf download` the repository, unpack its archives, and pass its question file instead"
         raise BadInput(f"{path} is a separate file in the repository: {instead}")
     path = os.path.join(folder, path)
     if not os.path.isfile(path):
@@ -219,7 +219,7 @@ def find_clip(row: dict, folder: str | None) -> tuple[bytes, str]:
 
 
 def convert_row(row: object, video_to_audio: bool) -> dict:
-    """question, choices and answer as data.py reads them, and the row's other columns without the clip.
+    """question, choices and answer as data.py reads them, plus the row's other columns except the clip.
 
     Raises BadInput unless there is exactly one way to read the row.
     """
@@ -233,14 +233,14 @@ def convert_row(row: object, video_to_audio: bool) -> dict:
             break
     choices = row.get(choices_key)
     if isinstance(choices, str):
-        with suppress(ValueError):  # to_example refuses what is not a list
+        with suppress(ValueError):  # to_example refuses anything but a list
             choices = json.loads(choices)
     if not choices and isinstance(question, str):
         question, choices = split_question(question)
     if video_to_audio and isinstance(question, str):
         question = question.replace("video", "audio")  # as R1-AQA does
 
-    # checks the question and the options, which are text from here on
+    # checks the question and the options; from here on the options are text
     choices = to_example({"audio": "clip", "question": question, "choices": choices}, "", "").choices
     converted = {
         "question": question,
@@ -274,7 +274,7 @@ def split_letter(text: str) -> tuple[int | None, str]:
 
 
 def without_letters(choices: list[str]) -> list[str] | None:
-    """The options without their letters, if each has a text and the letter of its position; else None."""
+    """The options without their letters, if each has text and the letter for its position; else None."""
     texts = []
     for number, choice in enumerate(choices):
         position, text = split_letter(choice)
@@ -285,7 +285,7 @@ def without_letters(choices: list[str]) -> list[str] | None:
 
 
 def answer_text(answer: object, choices: list[str]) -> str | None:
-    """The option that an answer gives as its text, its letter, both, or its index from 0.
+    """The option that an answer names by its text, its letter, both, or its 0-based index.
 
     None if there is no answer. Raises BadInput unless the answer can mean exactly one option.
     """
@@ -298,13 +298,13 @@ def answer_text(answer: object, choices: list[str]) -> str | None:
     if isinstance(answer, str):
         position, text = split_letter(answer)
         if not unlettered and position is not None:
-            # letters that are not in order leave open which option "D" means
+            # with letters out of order, it is unclear which option "D" means
             splits = [split_letter(choice) for choice in choices]
             has_letters = any(letter is not None and rest for letter, rest in splits)
             if meant or has_letters:
-                position = None  # an exact text comes before a letter: "D" among the notes G, A#, D, E
+                position = None  # exact text takes precedence over a letter: "D" among the notes G, A#, D, E
             else:
-                # "A" may be the option "a" as well as the first one
+                # "A" may mean the option "a" or the first option
                 meant = {option for option in options if option.lower() == answer.strip().lower()}
     else:
         position, text = answer, ""
@@ -313,7 +313,7 @@ def answer_text(answer: object, choices: list[str]) -> str | None:
     if is_index and text in ("", options[position]):
         meant.add(options[position])
     if not meant:
-        raise BadInput(f"answer {answer!r} is none of the options {choices}")
+        raise BadInput(f"answer {answer!r} is not among the options {choices}")
     if len(meant) > 1:
         raise BadInput(f"answer {answer!r} could be any of {sorted(meant)}")
     return meant.pop()
@@ -324,12 +324,12 @@ def answer_text(answer: object, choices: list[str]) -> str | None:
 
 @dataclass
 class Finding:
-    """What is known about a row after its examination."""
+    """What was found out about a row."""
 
     row: object  # as it was read
     problem: str = ""  # why the row cannot be used
     example: Example | None = None  # None if the question cannot be read
-    seconds: float | None = None  # of the clip; None if it is not known
+    seconds: float | None = None  # length of the clip; None if unknown
     rate: int = 0  # Hz; 0 if the clip cannot be opened
     channels: int = 0
     silence: str = ""  # what is silent, if the clip was decoded
@@ -373,7 +373,7 @@ def examine(path: str, audio_dir: str, decode: bool = False, processor=None) -> 
 
 
 def describe_silence(path: str, wave: np.ndarray, channels: int) -> str:
-    """Say what is silent in a clip whose first channel is `wave`; "" if that has sound."""
+    """Say what is silent in a clip whose first channel is `wave`; "" if that channel has sound."""
     if not is_silent(wave):
         return ""
     for channel in range(1, channels):
@@ -383,7 +383,7 @@ def describe_silence(path: str, wave: np.ndarray, channels: int) -> str:
 
 
 def avqa(questions: str, audio_dir: str, output: str) -> None:
-    """Convert AVQA into training rows: its train_qa.json, or the JSON Lines of R1-AQA.
+    """Convert AVQA to training rows, from its train_qa.json or from R1-AQA's JSON Lines.
 
     Rows that cannot be used are written to a second file, *.left_out.jsonl, each with the reason.
     """
@@ -501,16 +501,16 @@ def show_questions(examples: list[Example]) -> None:
             say(f"{key}: {count_values([str(example.row.get(key)) for example in examples])}")
     unanswered = sum(example.answer is None for example in examples)
     if unanswered:
-        say(f"{unanswered} rows have no answer: they can be predicted, but not trained on")
+        say(f"{unanswered} rows have no answer: they can be used for prediction, but not for training")
     show_guesses(examples)
 
 
 def show_guesses(examples: list[Example]) -> None:
-    """Print the accuracy of two models without ears, beside chance: what the text alone gives away.
+    """Print how often two text-only guessers are right, next to chance: what the text alone gives away.
 
-    One takes the option that is most often the answer to the other questions, one the longest option.
+    One picks the option that is most often the answer to the other questions, one picks the longest option.
     """
-    answers = []  # with the options of each question that has its answer among them
+    answers = []  # (answer, options) of each question whose answer is among its options
     for example in examples:
         options = [normalized(choice) for choice in example.choices]
         if example.answer is not None and normalized(example.answer) in options:
@@ -521,7 +521,7 @@ def show_guesses(examples: list[Example]) -> None:
     counts = Counter(answer for answer, _ in answers)
     frequent = longest = chance = 0.0
     for answer, options in answers:
-        counts[answer] -= 1  # a question must not tell its own answer
+        counts[answer] -= 1  # a question must not give away its own answer
         frequent += share_of_best(answer, options, [counts[option] for option in options])
         counts[answer] += 1
         longest += share_of_best(answer, options, [len(option) for option in options])
@@ -532,7 +532,7 @@ def show_guesses(examples: list[Example]) -> None:
 
 
 def normalized(text: str) -> str:
-    """A text without the differences that no listener hears: case, and space at the ends."""
+    """The text, ignoring what nobody could hear: upper or lower case, and space at the ends."""
     return text.strip().lower()
 
 
@@ -574,7 +574,7 @@ def filter_rows(file: str, predictions: str, output: str, drop: str = "right") -
     say(f"{counts}; {len(kept)} in {output}")
     folder = os.path.dirname(file)
     if os.path.realpath(os.path.dirname(output)) != os.path.realpath(folder):
-        say(f"its clips are where those of {file} are: use it with --audio_dir {folder or '.'}")
+        say(f"its clips are in the same place as those of {file}: use it with --audio_dir {folder or '.'}")
 
 
 def compare_with_answer(row: object, location: str, prediction: object, where: str) -> str:
@@ -607,32 +607,32 @@ def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(name, description=__doc__, formatter_class=as_written)
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
 
-    summary = "convert a dataset of the hub, or a local one"
+    summary = "convert a dataset from the hub, or a local one"
     command = commands.add_parser("hub", help=summary, description=hub.__doc__)
-    command.add_argument("name", help="on the hub; or a folder or file of parquet, arrow or JSON Lines")
+    command.add_argument("name", help="hub name, or a folder or file of parquet, arrow or JSON Lines")
     command.add_argument("--output", required=True, help="folder for questions.jsonl and the clips")
     command.add_argument("--split", default="", help="which split to convert, if there are several")
-    command.add_argument("--limit", type=int, default=0, help="read only the first so many rows; 0: all")
-    text = "write audio instead of video in the questions, as R1-AQA does"
+    command.add_argument("--limit", type=int, default=0, help="read only the first N rows; 0: all")
+    text = "replace 'video' with 'audio' in the questions, as R1-AQA does"
     command.add_argument("--video_to_audio", action="store_true", help=text)
 
     command = commands.add_parser("avqa", help="convert AVQA and its clips", description=avqa.__doc__)
-    command.add_argument("questions", help="train_qa.json, or the JSON Lines of R1-AQA")
-    command.add_argument("--audio_dir", required=True, help="folder of the clips")
-    command.add_argument("--output", required=True, help="JSON Lines to write")
+    command.add_argument("questions", help="train_qa.json, or R1-AQA's JSON Lines")
+    command.add_argument("--audio_dir", required=True, help="folder with the clips")
+    command.add_argument("--output", required=True, help="JSON Lines file to write")
 
     summary = "find what is wrong with a file of questions"
     command = commands.add_parser("check", help=summary, description=check.__doc__)
     command.add_argument("file", help="questions for training or a benchmark")
-    command.add_argument("--model", default="", help="find questions that are too long for this model, too")
-    command.add_argument("--audio_dir", default="", help="folder of the clips; default: beside the questions")
+    command.add_argument("--model", default="", help="also find questions that are too long for this model")
+    command.add_argument("--audio_dir", default="", help="clips folder; default: the questions' folder")
     command.add_argument("--decode", action="store_true", help="read all samples, not only the headers")
 
     summary = "keep the questions that a model got wrong (or right)"
     command = commands.add_parser("filter", help=summary, description=filter_rows.__doc__)
-    command.add_argument("file", help="questions")
+    command.add_argument("file", help="file of questions")
     command.add_argument("--predictions", required=True, help="evaluate.py's predictions.json for this file")
-    command.add_argument("--output", required=True, help="JSON Lines to write")
+    command.add_argument("--output", required=True, help="JSON Lines file to write")
     command.add_argument("--drop", default="right", choices=("right", "wrong"), help="default: right")
     return parser.parse_args()
 

@@ -1,14 +1,14 @@
 """Turn training runs or evaluations into one HTML page to read and listen to.
 
-    python -m tools.report runs/grpo                         # a run: curves, and some prompts over the steps
-    python -m tools.report runs/a runs/b runs/c              # runs: their curves, settings and code compared
+    python -m tools.report runs/grpo                         # a run: curves, and answers to a few prompts
+    python -m tools.report runs/a runs/b runs/c              # several runs: curves, settings, code compared
     python -m tools.report runs/eval                         # an evaluation: accuracy, questions, answers
     python -m tools.report runs/before runs/after            # two evaluations: the answers that changed
-    python -m tools.report runs/grpo --picture curves.svg    # also draw accuracy and KL as a picture
+    python -m tools.report runs/grpo --picture curves.svg    # also save a plot of accuracy and KL
 
-The page of one folder is its `report.html`. Several runs give `compared.html` in the last folder, and two
-evaluations give `changed.html` in the second. A page needs no network, and a run may still be going. Short
-clips are embedded, long ones are linked.
+One folder gets a `report.html`. Several runs get a `compared.html` in the last folder, and two evaluations
+get a `changed.html` in the second. The page works offline, and a run may still be going. Short clips are
+embedded, long ones are linked.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from rewards import GROUPS, judge, paired_difference, prediction_of
 
 MAX_ITEMS = 2_000  # groups or questions on a page
 MAX_CLIP_BYTES = 1_000_000  # a larger clip is linked instead of embedded
-MAX_EMBEDDED_BYTES = 10_000_000  # for all the clips of a page together
+MAX_EMBEDDED_BYTES = 10_000_000  # for all clips on a page together
 MAX_PATCH_LINES = 200
 MARKS = {True: "right", False: "wrong", None: "not scored"}
 
@@ -105,12 +105,12 @@ for (const form of document.forms) {
 
 
 def escape(value: object) -> str:
-    """Make anything plain text inside an element or a quoted attribute."""
+    """Escape a value, so that it is plain text in an element or a quoted attribute."""
     return html.escape(printable(str(value)))
 
 
 def page(title: str, content: str) -> str:
-    """A complete HTML document. It loads nothing but clips and runs no script but SCRIPT."""
+    """A complete HTML document. It loads only clips and runs only SCRIPT."""
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     policy += "; media-src data: file: 'self'; base-uri 'none'; form-action 'none'"
@@ -163,7 +163,7 @@ def question_html(question: str, choices: list, answer: str | None) -> str:
 
 
 class Clips:
-    """Audio players of one page in `folder`: embeds short clips until the page is large, links the others."""
+    """Audio players for one page in `folder`: embeds short clips until the page is large, links the rest."""
 
     def __init__(self, folder: str):
         self.folder = folder
@@ -188,7 +188,7 @@ class Clips:
         else:
             source = quote(os.path.relpath(path, self.folder))
             preload = "none"
-        label = f"clip of {seconds:.1f} s" if seconds else "clip"
+        label = f"clip, {seconds:.1f} s" if seconds else "clip"
         return f'<audio controls preload="{preload}" src="{source}" aria-label="{label}"></audio>{label}\n'
 
 
@@ -198,24 +198,24 @@ class Clips:
 @dataclass
 class Run:
     folder: str
-    lines: list[dict]  # of metrics.jsonl
+    lines: list[dict]  # from metrics.jsonl
     settings: dict  # run.json; empty if there is none
     code: list["Code"]  # code.json; empty if there is none
 
 
 @dataclass
 class Code:
-    """An entry of code.json: the first is about the start of a run, the others about later changes."""
+    """An entry of code.json: the first describes the code at the start of a run, the others later changes."""
 
-    step: int  # the first with this code
+    step: int  # the first step with this code
     commit: str  # empty without git
-    patch: str  # name of the file with the changes to the commit; empty if there are none
+    patch: str  # name of the file with the changes since the commit; empty if there are none
     patch_text: str
-    versions: dict[str, str]  # of packages
+    versions: dict[str, str]  # by package
 
 
 def read_run(folder: str) -> Run:
-    """Read everything about a run but its groups."""
+    """Read everything about a run except its groups."""
     with located(folder):
         lines = read_log(os.path.join(folder, "metrics.jsonl"))
         settings = read_json(os.path.join(folder, "run.json"))
@@ -223,7 +223,7 @@ def read_run(folder: str) -> Run:
 
 
 def read_runs(folders: list[str]) -> dict[str, Run]:
-    """Runs by their names on the page: their paths, shortened by the folders that all of them share."""
+    """Runs by their names on the page: their paths, without the leading folders that they all share."""
     paths = [os.path.abspath(folder) for folder in folders]
     shared = os.path.commonpath([os.path.dirname(path) for path in paths])
     runs = {}
@@ -252,9 +252,9 @@ def read_code(folder: str) -> list[Code]:
 
 
 def progress(run: Run) -> str:
-    """How far a run is."""
+    """How far along a run is."""
     steps = str(sum("loss" in line for line in run.lines))
-    if run.settings.get("max_steps"):  # SFT has 0 if --epochs decides
+    if run.settings.get("max_steps"):  # 0 in SFT if --epochs sets the length
         steps += f" of {run.settings['max_steps']}"
     state = "finished" if is_finished(run) else "not finished"
     return f"{steps} steps ({state})"
@@ -289,33 +289,33 @@ PANELS = {
         "either": "clip_fraction",  # what earlier versions logged
     },
     "loss": {"mean": "loss"},
-    "norm of the gradient": {"before clipping": "grad_norm"},
+    "gradient norm": {"before clipping": "grad_norm"},
     "share of clips": {"cut": "clips_cut", "silent": "clips_silent", "skipped": "clips_skipped"},
     "seconds per step": {"sample": "seconds_sample", "score": "seconds_score", "update": "seconds_update"},
 }
 NOT_DRAWN = ("step", "lr")
 NOTES = {  # {title of a panel: what to look for}
     "accuracy": "The held-out curve is the one that counts: the samples answer training questions.",
-    "KL to the reference": "It should rise from 0 and level off; if it does not, the policy is drifting. "
+    "KL to the reference": "It should rise from 0 and level off; if it keeps rising, the policy is drifting. "
     "With beta 0 it is not measured, and drawn as 0.",
-    "reward": "A rise that accuracy does not share comes from the format, or from a flaw in the reward.",
+    "reward": "If it rises and accuracy does not, the format improves, or the reward has a flaw.",
     "completion length (tokens)": "If it jumps to the limit, or falls to almost 0, read the completions.",
-    "share of truncated completions": "It should be near 0: a truncated completion often lacks its answer.",
+    "share of truncated completions": "It should be near 0: a truncated completion often has no answer.",
     "share of groups with equal rewards": "These groups teach nothing: all their advantages are 0.",
-    "share of clipped tokens": "With one update a step it is 0; clipped tokens have no policy gradient.",
+    "share of clipped tokens": "With one update per step it is 0; clipped tokens get no policy gradient.",
     "loss": (
-        "In GRPO with one update a step, it is beta times the KL, so it says nothing about learning; "
+        "In GRPO with one update per step, it is beta times the KL, so it says nothing about learning; "
         "in SFT it should fall."
     ),
-    "norm of the gradient": "Gradients above 1 are scaled down to 1; a lasting rise is a sign of trouble.",
+    "gradient norm": "Norms above 1 are clipped to 1; a lasting rise is a sign of trouble.",
     "share of clips": "It should be near 0: the model does not hear what is cut, silent or skipped.",
-    "seconds per step": "Sampling includes waiting for the audio, and grows with the completions.",
-    "entropy": "It falls as the policy becomes surer; near 0 it has collapsed, and groups become equal.",
+    "seconds per step": "Sampling includes waiting for the audio, and takes longer with longer completions.",
+    "entropy": "It falls as the policy gets more certain; near 0 it has collapsed: all samples are alike.",
     "reward_format": "It should rise first and stay near 1.",
     "reward_std": "The mean spread of rewards within a group: at 0, no group teaches anything.",
     "unique_completions": "Distinct texts in a group: at 1, all completions are the same and teach nothing.",
 }
-LIMITS = {  # of the vertical axis
+LIMITS = {  # of the y axis
     "accuracy": (0, 1),
     "KL to the reference": (0, None),
     "share of truncated completions": (0, None),
@@ -337,7 +337,7 @@ class Curve:
 
 
 def find_panels(runs: dict[str, Run]) -> dict[str, list[Curve]]:
-    """The curves of each panel, without empty panels."""
+    """The curves of each panel; empty panels are left out."""
     wanted = {title: dict(metrics) for title, metrics in PANELS.items()}
     known = {key for metrics in PANELS.values() for key in metrics.values()}
     for run in runs.values():
@@ -393,7 +393,7 @@ def look(run: int, metric: int, runs: list[str]) -> dict:
 
 
 def legend_entries(runs: list[str], metrics: list[str]) -> dict[str, Line2D]:
-    """Each run and each metric once, which takes less room than each curve."""
+    """One entry per run and one per metric, which takes less room than one per curve."""
     entries = {}
     if len(runs) > 1:
         for number, run in enumerate(runs):
@@ -439,9 +439,9 @@ def draw(panels: dict[str, list[Curve]], runs: list[str], width: float) -> Figur
 
 
 def panel_svg(title: str, curves: list[Curve], runs: list[str]) -> str:
-    """A panel as SVG inside the page, and below it what to look for.
+    """A panel as inline SVG, with a note below it that says what to look for.
 
-    It has the page's text colour, and its end points as a description.
+    It uses the page's text colour; the first and last values are its description.
     """
     # matplotlib does not know currentColor, so an unused colour stands in for it
     ink = "#010203"
@@ -483,7 +483,7 @@ def curves_html(runs: dict[str, Run]) -> str:
 
 
 def draw_picture(runs: dict[str, Run], path: str) -> Figure:
-    """Draw accuracy and KL side by side, as a picture file of any format that matplotlib writes."""
+    """Draw accuracy and KL side by side, to an image file in any format that matplotlib writes."""
     panels = find_panels(runs)
     if not panels:
         raise BadInput(f"{', '.join(runs)}: no metrics to draw")
@@ -540,7 +540,7 @@ def code_line(run: Run, code: Code, page_folder: str) -> str:
 
 
 def patch_html(patch: str) -> str:
-    """The start of a patch, folded away."""
+    """The start of a patch, collapsed."""
     lines = patch.splitlines()
     heading = f"the changes ({len(lines)} lines)"
     if len(lines) > MAX_PATCH_LINES:
@@ -550,17 +550,17 @@ def patch_html(patch: str) -> str:
 
 
 def groups_html(folder: str, samples: list[dict]) -> str:
-    """The groups of each prompt, with one slider over the steps. A long run shows only every n-th step."""
+    """The groups of each prompt, with one slider for the steps. A long run shows only every n-th step."""
     steps = sorted({row["step"] for row in samples}, reverse=True)
     n = math.ceil(len(samples) / MAX_ITEMS)
     shown_steps = sorted(steps[::n])  # includes the last step
     about = (
         "The prompts and the random numbers are the same at every step, so only the policy changes. "
-        "The advantage compares a completion with its group: above 0, training makes it more likely. "
+        "The advantage compares a completion with its group: those above 0 become more likely. "
         f"The page shows {len(shown_steps)} of {len(steps)} steps."
     )
     parts = [f"<h2>Groups</h2>\n<p>{about}</p>\n<div>"]  # the slider stays in view up to the end of the div
-    # hidden without JavaScript, where all groups are visible
+    # hidden without JavaScript; then all groups are visible
     list_of_steps = escape(" ".join(map(str, shown_steps)))
     slider = f'<input type="range" max="{len(shown_steps) - 1}" value="0" data-steps="{list_of_steps}">'
     parts.append(f'<p class="slider" hidden><label>step {slider} <output></output></label></p>\n')
@@ -632,7 +632,7 @@ def different_settings(runs: dict[str, Run]) -> str:
         keys |= settings
     rows = []
     for key in keys:
-        values = [settings.get(key, "(has none)") for settings in recorded.values()]
+        values = [settings.get(key, "(no such setting)") for settings in recorded.values()]
         if key != "output" and any(value != values[0] for value in values):
             rows.append((key, *values))
     if rows:
@@ -701,7 +701,7 @@ def evaluation_page(folder: str, audio_dir: str) -> str:
 
 
 def changes_page(first_folder: str, second_folder: str, audio_dir: str) -> str:
-    """The page of two evaluations, on the questions that both have: accuracies, and answers that changed."""
+    """The page of two evaluations, over the questions they share: accuracies, and answers that changed."""
     first_path = os.path.join(first_folder, "predictions.json")
     first = read_marks(first_path)
     second = read_marks(os.path.join(second_folder, "predictions.json"))
@@ -713,7 +713,7 @@ def changes_page(first_folder: str, second_folder: str, audio_dir: str) -> str:
     audio_dir = audio_dir or recorded_audio_dir(second_results)
 
     items = []
-    pairs = []  # right before, right after
+    pairs = []  # (was right before, is right after)
     for question in shared:
         row, before = first[question]
         new_row, after = second[question]
@@ -751,17 +751,17 @@ def changes_page(first_folder: str, second_folder: str, audio_dir: str) -> str:
 
 
 def recorded_audio_dir(results: dict) -> str:
-    """The folder in which an evaluation looked up its clips."""
+    """The folder where an evaluation looked for its clips."""
     return results.get("audio_dir") or os.path.dirname(results.get("data", ""))
 
 
 def is_fact(value: object) -> bool:
-    """Whether a value of results.json fits into a cell of the settings."""
+    """Whether a value from results.json fits in a cell of the settings table."""
     return isinstance(value, (str, int, float))
 
 
 def example_of(row: dict, location: str, audio_dir: str) -> Example:
-    """A row of predictions as an example; if it is unusable, what can be shown of it and the reason."""
+    """A row of predictions as an example; if it is unusable, whatever can be shown, and the reason."""
     try:
         with located(location):
             return to_example(row, location, audio_dir)
@@ -850,7 +850,7 @@ def properties(item: Item) -> dict[str, str]:
 
 
 def kind_of(folder: str) -> str:
-    """What a folder is: a run or an evaluation. Raises BadInput if it is neither."""
+    """Whether a folder holds a run or an evaluation. Raises BadInput if it holds neither."""
     for name in ("metrics.jsonl", "samples.jsonl"):  # a run writes samples first
         if os.path.exists(os.path.join(folder, name)):
             return "run"
@@ -867,7 +867,7 @@ def main() -> None:
     )
     parser.add_argument("folders", nargs="+", help="one or more training runs, or one or two evaluations")
     parser.add_argument("--audio_dir", default="", help="folder of an evaluation's clips, if they have moved")
-    parser.add_argument("--picture", default="", help="file for a picture of the runs' accuracy and KL")
+    parser.add_argument("--picture", default="", help="save a plot of the runs' accuracy and KL to this file")
     flags = parser.parse_args()
 
     folders = flags.folders
@@ -878,7 +878,7 @@ def main() -> None:
         evaluation = folders[kinds.index("evaluation")]
         raise BadInput(f"{run} is a run and {evaluation} an evaluation: they cannot share a page")
     if kinds.count("evaluation") > 2:
-        raise BadInput(f"two evaluations can be compared, not {len(kinds)}")
+        raise BadInput(f"only two evaluations can be compared, not {len(kinds)}")
     if flags.picture and "evaluation" in kinds:
         raise BadInput(f"--picture {flags.picture}: only runs have curves, and {last} is an evaluation")
 
@@ -903,7 +903,7 @@ def main() -> None:
 
     target = os.path.join(last, name)
     write_atomically(target, content)
-    say(f"the page is {target}")
+    say(f"page written to {target}")
 
 
 if __name__ == "__main__":

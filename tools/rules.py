@@ -1,10 +1,10 @@
-"""One file of predictions under several rules: the same answers score differently, or not at all.
+"""Score one file of predictions under several rules: the same answers get different scores, or none.
 
 python -m tools.rules runs/eval/predictions.json
 python -m tools.rules --table mmau-test-mini.json    # every answer right, written in four ways
 
-An answer that a parser cannot read is counted as unparsed, and as wrong. What the harness itself would make
-of it is shown beside that: lmms-eval draws one of A to D at random, evalscope takes A.
+An answer that a parser cannot read is counted as unparsed, and as wrong. What the harness itself would report
+is shown next to that: lmms-eval guesses one of A to D at random, evalscope takes A.
 """
 
 import argparse
@@ -33,10 +33,11 @@ class Score:
 
 
 def lmms_eval_letter(text: str) -> str | None:
-    """The letter that lmms-eval reads from an answer to MMAU; None where it would draw one at random.
+    """The letter that lmms-eval reads from an MMAU answer; None where it would guess one at random.
 
-    After parse_multi_choice_response in lmms_eval/tasks/mmau/utils.py, commit a74c71f. "(B)" comes before
-    " B ", and that before "B."; of several letters it takes the one whose last " B " is furthest back.
+    Follows parse_multi_choice_response in lmms_eval/tasks/mmau/utils.py, commit a74c71f. "(B)" takes
+    precedence over " B ", and that over "B."; of several letters it takes the one whose last " B " is nearest
+    the end.
     """
     for mark in ",.!?;:'":
         text = text.strip(mark)
@@ -49,17 +50,17 @@ def lmms_eval_letter(text: str) -> str | None:
 
 
 def evalscope_letter(text: str) -> str | None:
-    """The letter that evalscope reads from an answer to MMAU; None where it would take A.
+    """The letter that evalscope reads from an MMAU answer; None where it would take A.
 
-    After _parse_choice in evalscope/benchmarks/mmau/mmau_adapter.py, commit 203cdc9: "ANSWER: B" in any case,
-    else as lmms-eval.
+    Follows _parse_choice in evalscope/benchmarks/mmau/mmau_adapter.py, commit 203cdc9: "ANSWER: B" in upper
+    or lower case, else like lmms-eval.
     """
     match = re.search(r"answer\s*:\s*([a-d])", text, re.IGNORECASE)
     return match[1].upper() if match else lmms_eval_letter(text)
 
 
 def is_right(letter: str | None, answer: str, choices: list[str]) -> bool:
-    """Whether the option at a letter has the text of the answer; upper and lower case are the same."""
+    """Whether the option with this letter has the text of the answer, ignoring case."""
     if letter is None or LETTERS.index(letter) >= len(choices):
         return False
     choice = choices[LETTERS.index(letter)]
@@ -69,7 +70,7 @@ def is_right(letter: str | None, answer: str, choices: list[str]) -> bool:
 def score_rules(rows: list[tuple]) -> dict[str, Score]:
     """The score of (row, location) pairs under each rule. A row without an answer is left out."""
     mmau = Score(0, 0)
-    exact = Score(0, 0)  # the reward of training
+    exact = Score(0, 0)  # the training reward
     lmms_eval = Score(0, 0, published=0.0)
     evalscope = Score(0, 0, published=0.0)
     scores = {"MMAU": mmau, "exact option": exact, "lmms-eval": lmms_eval, "evalscope": evalscope}
@@ -79,7 +80,7 @@ def score_rules(rows: list[tuple]) -> dict[str, Score]:
             continue
         for part in scores.values():
             part.total += 1
-        if not has_answer(row) or "unusable" in row:  # wrong by all rules
+        if not has_answer(row) or "unusable" in row:  # wrong under every rule
             continue
         answer, choices = answer_and_choices(row, location)
         text = (prediction_of(row) or "").strip()
@@ -89,7 +90,7 @@ def score_rules(rows: list[tuple]) -> dict[str, Score]:
         letter = lmms_eval_letter(text)
         lmms_eval.right += is_right(letter, answer, choices)
         lmms_eval.unparsed += letter is None
-        guesses = LETTERS if letter is None else letter  # the mean over the four draws
+        guesses = LETTERS if letter is None else letter  # the mean over the four guesses
         right_guesses = sum(is_right(guess, answer, choices) for guess in guesses)
         lmms_eval.published += right_guesses / len(guesses)
 
@@ -132,20 +133,20 @@ FORMS = {
 
 
 def show_table(path: str) -> None:
-    """Print, in Markdown, what each rule makes of right answers to these questions, written in four ways."""
+    """Print, in Markdown, how each rule scores the right answers to these questions, written in four ways."""
     questions, _ = read_rows(path)
-    say(f"| every answer right, as | {' | '.join(score_rules([]))} |")
+    say(f"| right answers, written as | {' | '.join(score_rules([]))} |")
     say("| --- | --- | --- | --- | --- |")
     for name, form in FORMS.items():
         rows = []
         for row, location in questions:
-            judge(row, location)  # refuses what is not a question
+            judge(row, location)  # refuses anything but a question
             if not has_answer(row):
                 continue
             answer, choices = answer_and_choices(row, location)
             texts = [choice.strip() for choice in choices]
             if answer.strip() not in texts:
-                raise BadInput(f"{location}: the answer is none of the options, so it has no letter")
+                raise BadInput(f"{location}: the answer is not among the options, so it has no letter")
             letter = ALL_LETTERS[texts.index(answer.strip())]
             prediction = form.format(letter=letter, text=answer)
             rows.append((row | {"model_output": prediction, "model_prediction": prediction}, location))
@@ -164,7 +165,7 @@ def show_table(path: str) -> None:
 def main() -> None:
     kind = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m tools.rules", description=__doc__, formatter_class=kind)
-    parser.add_argument("file", help="predictions; with --table questions")
+    parser.add_argument("file", help="predictions; with --table, questions")
     parser.add_argument("--table", action="store_true", help="the same right answers, written in four ways")
     flags = parser.parse_args()
     if flags.table:

@@ -1,10 +1,10 @@
-"""What a first GPU should show, in order of worth and in under eight minutes on an H100.
+"""What to check first on a GPU, the most useful checks first, in under eight minutes on an H100.
 
-    python -m tools.trial                       # results in trial.jsonl, a line as each is ready
+    python -m tools.trial                       # writes each result to trial.jsonl when it is ready
     python -m tools.trial --tiny                # the same stages with a tiny model, on any machine
 
-Each stage is a process with a time limit of its own, so one that hangs or fails costs only itself. What the
-stages print goes to trial.jsonl.log. Weights are random, in the configuration of the 7B model.
+Each stage is a process with a time limit of its own, so one that hangs or fails does not stop the others.
+Their output goes to trial.jsonl.log. The model has the 7B configuration and random weights.
 """
 
 import importlib.metadata
@@ -34,8 +34,8 @@ TOTAL_SECONDS = 470
 
 @dataclass
 class Config:
-    output: str = HfArg(default="trial.jsonl", help="file of results, JSON Lines; a new trial replaces it")
-    tiny: bool = HfArg(default=False, help="a tiny model: to see that the stages run, not for numbers")
+    output: str = HfArg(default="trial.jsonl", help="results file, JSON Lines; a new trial replaces it")
+    tiny: bool = HfArg(default=False, help="use a tiny model: to see that the stages run, not to measure")
     stage: str = HfArg(default="", help="run only this stage, in this process")
     folder: str = HfArg(default="", help="for --stage: where the stages share the model's weights")
 
@@ -53,7 +53,7 @@ def device() -> str:
 
 
 def make_model(config: Config):
-    """The 7B model in bf16; with --tiny a tiny one, in fp32 where there is no GPU."""
+    """The 7B model, or a tiny one with --tiny; in bf16, or in fp32 without a GPU."""
     dtype = torch.bfloat16 if device() == "cuda" else torch.float32
     return benchmark.make_model("tiny" if config.tiny else "7b", device(), dtype)
 
@@ -62,7 +62,7 @@ def make_model(config: Config):
 
 
 def card(config: Config) -> None:
-    """The card, its rates, and the versions."""
+    """The GPU, its speed, and the package versions."""
     packages = ("torch", "transformers", "accelerate", "peft")
     versions = {name: importlib.metadata.version(name) for name in packages}
     write(config, versions=versions, cpus=os.cpu_count(), threads=torch.get_num_threads())
@@ -82,7 +82,7 @@ def agreement(config: Config) -> None:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
     lengths = (10, 16)
-    for extra in (0, 1, 2, 3):  # other lengths of the row, one of them 64 modulo 128
+    for extra in (0, 1, 2, 3):  # different row lengths, one of them 64 modulo 128
         model = benchmark.make_model("tiny" if config.tiny else "small", device(), torch.float32)
         inputs, ids, mask = benchmark.make_group(model, 1, 4, 2, lengths)
         row = inputs["input_ids"].shape[1] + int(mask.sum())
@@ -133,19 +133,19 @@ def distribution(config: Config) -> None:
 
 
 def lora(config: Config) -> None:
-    """Three steps of the LoRA recipe through train_grpo.py, by phases, with a save."""
+    """Three steps of the LoRA recipe with train_grpo.py, timed by phase, with one checkpoint."""
     prompts = 2 if config.tiny else 16
     started = time.perf_counter()
     model = make_model(config)
     benchmark.write_task(model, config.folder, prompts)
-    benchmark.free(model)  # train_grpo.py, a process of its own, needs the memory
+    benchmark.free(model)  # train_grpo.py runs in a process of its own, which needs the memory
     Path(config.folder, "complete").touch()
     write(config, seconds_to_write_the_model=time.perf_counter() - started)
     train(config, "lora", "")
 
 
 def train(config: Config, run: str, flags: str) -> None:
-    """Write the metrics of three steps with these flags, and whether they start at the reference."""
+    """Train three steps with these flags; write their metrics, and whether they start at the reference."""
     prompts, group_size, micro_batch = (2, 2, 1) if config.tiny else (16, 8, 4)
     flags += f" --prompts_per_step {prompts} --group_size {group_size} --micro_batch {micro_batch}"
     flags += " --max_steps 3 --max_new_tokens 12 --samples_every 0 --save_every 2"
@@ -168,7 +168,7 @@ def qlora(config: Config) -> None:
     if not importlib.util.find_spec("bitsandbytes"):
         return write(config, skipped="bitsandbytes is not installed")
     if not Path(config.folder, "complete").exists():
-        raise BadInput("the stage lora has not written the model")
+        raise BadInput("stage lora did not write the model")
     train(config, "qlora", "--load_in_4bit")
 
 
@@ -177,15 +177,15 @@ def ratio(config: Config) -> None:
     G, clip_seconds, tokens = (2, 2, (3, 4)) if config.tiny else benchmark.SETTINGS[0]
     model = make_model(config)
     for prompts in (1, 4):
-        # with four prompts the repeated way's activations do not fit on a card
+        # with four prompts the repeated way's activations do not fit on one card
         found = benchmark.compare(model, G, clip_seconds, tokens, 1, prompts, updates=prompts == 1)
         write(config, **found)
 
 
 def fsdp(config: Config) -> None:
-    """FSDP2 over NCCL in one process, on the toy's model: four steps, and resumed after two of them.
+    """FSDP2 over NCCL in one process, on the toy's model: four steps, then resuming after two of them.
 
-    On a CPU accelerate has no FSDP2, and the steps run without it.
+    On a CPU accelerate has no FSDP2, so the steps run without it.
     """
     folder = Path(config.folder, "fsdp")
     folder.mkdir()
@@ -202,7 +202,7 @@ def fsdp(config: Config) -> None:
 
     subprocess.run(command, check=True)
     first = read_losses(folder / "run")
-    # make the finished run one that stopped after two steps
+    # make the finished run look like one that stopped after two steps
     (folder / "run" / "config.json").unlink()
     for path in (folder / "run").glob("checkpoint-4*"):
         shutil.rmtree(path)
@@ -218,7 +218,7 @@ def read_losses(run: Path) -> list[float]:
 
 
 def decode(config: Config) -> None:
-    """Seconds for each token sampled, without adapters."""
+    """Seconds per sampled token, without adapters."""
     G, T = (2, 6) if config.tiny else (8, 34)
     model = make_model(config)
     for prompts in (1, 2 if config.tiny else 16):
@@ -231,7 +231,7 @@ def decode(config: Config) -> None:
         write(config, prompts=prompts, group_size=G, seconds_a_token=per_token)
 
 
-# in order of worth: the function, and its limit in seconds
+# most useful first: the function, and its limit in seconds
 STAGES = {
     "card": (card, 40),
     "agreement": (agreement, 40),
@@ -248,12 +248,12 @@ STAGES = {
 
 
 def run_stage(config: Config, name: str, seconds: float) -> None:
-    """Run a stage in a process; write how it ended and how long it took."""
+    """Run a stage in its own process; write how it ended and how long it took."""
     command = [sys.executable, "-m", "tools.trial", "--stage", name, "--output", config.output]
     command += ["--folder", config.folder, "--tiny", str(config.tiny)]
     started = time.perf_counter()
     with open(f"{config.output}.log", "ab") as log:
-        # a session of its own, so that the processes it starts end with it
+        # in a session of its own, so that killing it also ends the processes it starts
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, start_new_session=True)
         try:
             ended = f"exit status {process.wait(timeout=seconds)}"
