@@ -78,7 +78,7 @@ def test_the_question_asked_is_the_one_about_that_clip(tmp_path):
 def test_every_flag_of_the_tables_exists():
     fields = set().union(*(script.Config.__dataclass_fields__ for script in SCRIPTS.values()))
     named = set(re.findall(r"`--(\w+)", DOCS))
-    of_tools = {"json", "size", "decode", "drop", "limit", "table", "tiny"}
+    of_tools = {"growth", "json", "size", "decode", "drop", "limit", "table", "tiny"}
     of_accelerate = {"help", "mixed_precision", "multi_gpu", "machine_rank"}
     assert named - of_tools - of_accelerate <= fields
 
