@@ -214,7 +214,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             raise BadInput("accelerate's fsdp_auto_wrap_policy must be TRANSFORMER_BASED_WRAP")
         if isinstance(plugin.cpu_offload, CPUOffloadPolicy) or plugin.cpu_ram_efficient_loading:
             raise BadInput("accelerate's fsdp_offload_params and cpu_ram_efficient_loading must be false")
-        if plugin.activation_checkpointing:  # use --gradient_checkpointing for it instead
+        if plugin.activation_checkpointing:  # ours does the same without renaming weights
             plugin.activation_checkpointing = False
             config.gradient_checkpointing = True
         if accelerator.mixed_precision == "bf16":  # accelerate's own policy would return log-probs in bf16

@@ -1,4 +1,4 @@
-"""Loss and gradient against TRL, if it is installed: pip install trl==1.16.0 datasets."""
+"""Loss and gradient against TRL, if it is installed: pip install trl==1.16.0."""
 
 from collections import defaultdict
 from types import SimpleNamespace

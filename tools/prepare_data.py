@@ -28,6 +28,8 @@ from data import open_audio, read_rows, to_example, write_atomically, write_rows
 from model import load_processor
 from rewards import judge, prediction_of, words
 
+NOT_AN_OPTION = "is not among the options"  # hub() recognizes this reason: the answers may count from 1
+
 
 def check_free(path: str) -> None:
     """Raise BadInput if the file exists: nothing is overwritten."""
@@ -113,7 +115,7 @@ def hub(name: str, output: str, split: str = "", limit: int = 0, video_to_audio:
 def count_from_one(indices: list[tuple[int, str]]) -> bool:
     """Whether the answers look like 1-based indices: none is 0, and at least one is past the last option."""
     has_zero = any(index <= 0 for index, _ in indices)
-    is_past_last = any("is not among the options" in reason for _, reason in indices)
+    is_past_last = any(NOT_AN_OPTION in reason for _, reason in indices)
     return is_past_last and not has_zero
 
 
@@ -313,7 +315,7 @@ def answer_text(answer: object, choices: list[str]) -> str | None:
     if is_index and text in ("", options[position]):
         meant.add(options[position])
     if not meant:
-        raise BadInput(f"answer {answer!r} is not among the options {choices}")
+        raise BadInput(f"answer {answer!r} {NOT_AN_OPTION} {choices}")
     if len(meant) > 1:
         raise BadInput(f"answer {answer!r} could be any of {sorted(meant)}")
     return meant.pop()
