@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -250,10 +249,6 @@ def resume(run) -> int:
     output = run.config.output
     if not run.config.resume:
         return 0
-    if any(os.path.exists(os.path.join(output, name)) for name in MODEL_FILES):
-        accelerator.print(f"--resume: the run in {output} is finished")
-        accelerator.end_training()
-        sys.exit()
     folders = list_states(output)
     accelerator.wait_for_everyone()  # until all processes have seen the same checkpoints
     if folders:

@@ -30,7 +30,7 @@ from cli import BadInput, check_at_least, located, parse, progress_bar, run_main
 from data import PROMPTS, SAMPLE_RATE, Example, check_audio, decode, is_cut, load_audio, load_examples
 from data import locations, lock_folder, make_inputs, prefetch, read_clip, read_rows, to_example, window_size
 from data import write_atomically
-from model import DEFAULT_MODEL, MODEL_FILES, completion_mask, eos_tokens, load_model, sample, unsharded
+from model import DEFAULT_MODEL, completion_mask, eos_tokens, has_model, load_model, sample, unsharded
 from model import weights_hash
 from rewards import by_group, extract_answer, format_reward, judge, mmau_match, paired_difference
 from rewards import prediction_of, score, score_hearing, score_orders
@@ -355,7 +355,7 @@ def evaluate_checkpoints(config: Config, accelerator, examples: list[Example], d
     """Evaluate each complete checkpoint of a run that has no results yet, then print the curve."""
     checkpoints = {}
     for path in Path(config.checkpoints).glob("checkpoint-*"):
-        if re.search(r"-\d+$", path.name) and any((path / name).exists() for name in MODEL_FILES):
+        if re.search(r"-\d+$", path.name) and has_model(path):
             checkpoints[int(path.name.rsplit("-", 1)[1])] = path
     if not checkpoints:
         raise BadInput(f"--checkpoints {config.checkpoints}: contains no complete checkpoint-N")

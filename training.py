@@ -27,7 +27,7 @@ from transformers.hf_argparser import HfArg
 from checkpoints import is_saved, names_to_save, record_code, resume, save_checkpoint
 from cli import BadInput, check_at_least, located, printable, say
 from data import LOCK, PROMPTS, Batch, Example, check_audio, load_examples, lock_folder, prefetch, read_batch
-from model import DEFAULT_MODEL, PARTS, Policy, eos_tokens, load_policy, load_reference
+from model import DEFAULT_MODEL, PARTS, Policy, eos_tokens, has_model, load_policy, load_reference
 
 # ---------------------------------------------------------------- settings
 
@@ -134,6 +134,10 @@ def setup(config: TrainConfig, temperature: float = 1.0, with_reference: bool = 
     if config.eval_data:
         eval_examples, _ = load_questions(accelerator, config, config.eval_data)
     lock = make_output(config, accelerator)
+    if config.resume and has_model(config.output):
+        accelerator.print(f"--resume: the run in {config.output} is finished")
+        accelerator.end_training()
+        sys.exit()
 
     model, processor, adapters, base_hash = load_policy(config, accelerator)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -151,7 +155,7 @@ def setup(config: TrainConfig, temperature: float = 1.0, with_reference: bool = 
 
     reference = None
     if with_reference and adapters:
-        reference = policy
+        reference = accelerator.unwrap_model(policy)
     elif with_reference:
         reference = Policy(load_reference(config, accelerator), temperature)
         if accelerator.is_fsdp2:  # accelerate's own prepare takes only one model
@@ -345,8 +349,12 @@ def stop_together(run: Run, steps_done: int, can_save: bool = True) -> Iterator[
 
 
 def end_run(run: Run) -> None:
-    """Wait until every process is done; otherwise gloo sometimes aborts at exit."""
+    """Wait until every process is done, and leave the process group. The run cannot be used afterwards."""
     run.accelerator.wait_for_everyone()
+    # DDP holds the process group. Without it, end_training also ends gloo's threads; one that still frees a
+    # tensor while Python exits would abort this process, and with it the whole launch
+    run.policy = None
+    run.accelerator.free_memory()
     run.accelerator.end_training()
 
 

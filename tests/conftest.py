@@ -195,6 +195,23 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
 """
+# A gloo thread that is still alive when Python exits can abort the process. FSDP2 never lets go of them, but
+# real FSDP2 runs use NCCL: here, leave without Python's own clean-up
+NO_GLOO_THREADS = """
+import os
+for thread in os.listdir("/proc/self/task") if os.path.exists("/proc/self/task") else []:
+    try:
+        name = open(f"/proc/self/task/{thread}/comm").read()
+    except OSError:  # it has just ended
+        continue
+    assert "gloo" not in name, name
+"""
+EXIT_AT_ONCE = """
+import os, sys
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(0)
+"""
 ODD_LENGTHS = f"""
 import sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
@@ -227,16 +244,19 @@ def launch(code: str, *flags, precision="no", fsdp=False, root=ROOT, options=())
 
     fsdp: use fsdp.yaml. options: for `accelerate launch`.
     """
-    code = (
-        (FSDP2_ON_CPU if fsdp else "") + "from accelerate import Accelerator\n"
+    before = (
+        f"import sys; sys.path.insert(0, {str(root)!r})\n"
+        "import training\n"  # imported after Accelerator(), torch.distributed.nn keeps the process group
+        + (FSDP2_ON_CPU if fsdp else "")
+        + "from accelerate import Accelerator\n"
         "assert Accelerator().num_processes == 2\n"  # without --multi_gpu accelerate silently starts one
         f"assert Accelerator().is_fsdp2 is {fsdp}\n"
-        f"import sys; sys.path.insert(0, {str(root)!r})\n{code}\n"
     )
+    after = EXIT_AT_ONCE if fsdp else NO_GLOO_THREADS
     sharded = ["--config_file", f"{ROOT}/fsdp.yaml", "--num_processes", "2", "--main_process_port", "0"]
     device = {"ACCELERATE_TORCH_DEVICE": "cpu"} if fsdp else {"ACCELERATE_USE_CPU": "true"}
     with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
-        script.write(code)
+        script.write(f"{before}{code}\n{after}")
         script.flush()
         command = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", precision]
         command += [*(sharded if fsdp else TWO.split()), *options, script.name, *map(str, flags)]

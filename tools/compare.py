@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from cli import BadInput, run_main
 from data import read_rows, write_rows
-from model import MODEL_FILES
+from model import has_model
 from toy import FOLDER, N_TEST, make_data, make_missing, run_script
 
 TASKS = ["sound", "music", "speech"]
@@ -110,8 +110,7 @@ def train_and_measure(settings: Comparison, name: str, rate: str, seed: int) -> 
     """Train a run, unless that is done already, and return its scores; see `measure`."""
     method = METHODS[name]
     output = f"{settings.folder}/{name.replace(',', '').replace(' ', '-')}-{rate}-{seed}"
-    is_trained = any(os.path.exists(f"{output}/{file}") for file in MODEL_FILES)
-    if not is_trained:
+    if not has_model(output):
         flags = f"--model {FOLDER}/base --data {FOLDER}/train-{settings.tasks[0]}.jsonl --output {output}"
         flags += f" {method.flags} --lr {rate} --seed {seed} --micro_batch 16 --max_new_tokens 16"
         flags += f" --max_steps {settings.steps} --save_every {settings.steps} --resume"

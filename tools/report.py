@@ -33,7 +33,7 @@ from checkpoints import read_log
 from cli import BadInput, located, printable, run_main, say
 from data import Example, open_audio, read_rows, to_example, write_atomically
 from evaluate import read_json, read_marks
-from model import MODEL_FILES
+from model import has_model
 from rewards import GROUPS, judge, paired_difference, prediction_of
 
 MAX_ITEMS = 2_000  # groups or questions on a page
@@ -256,13 +256,8 @@ def progress(run: Run) -> str:
     steps = str(sum("loss" in line for line in run.lines))
     if run.settings.get("max_steps"):  # 0 in SFT if --epochs sets the length
         steps += f" of {run.settings['max_steps']}"
-    state = "finished" if is_finished(run) else "not finished"
+    state = "finished" if has_model(run.folder) else "not finished"
     return f"{steps} steps ({state})"
-
-
-def is_finished(run: Run) -> bool:
-    """Whether a run has saved its final model."""
-    return any(os.path.exists(os.path.join(run.folder, name)) for name in MODEL_FILES)
 
 
 # ---------------------------------------------------------------- curves
@@ -500,7 +495,7 @@ def draw_picture(runs: dict[str, Run], path: str) -> Figure:
 def run_page(run: Run) -> str:
     """The page of one run."""
     parts = [f"<p>{escape(progress(run))}</p>\n"]
-    if not is_finished(run):
+    if not has_model(run.folder):
         parts.append("<p>If the run is still going, make the page again to see more.</p>\n")
     parts.append(curves_html({run.folder: run}))
     samples = read_log(os.path.join(run.folder, "samples.jsonl"))
