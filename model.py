@@ -223,7 +223,7 @@ def weights_hash(model) -> str:
     return hashlib.sha256(repr(hashes).encode()).hexdigest()[:16]
 
 
-def has_model(folder: str) -> bool:
+def has_model(folder: str | os.PathLike) -> bool:
     """Whether a folder can be loaded: these files are written last, so the others are complete."""
     return any(os.path.exists(os.path.join(folder, name)) for name in MODEL_FILES)
 

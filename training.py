@@ -110,7 +110,7 @@ class Run:
     processor: object
     adapters: object  # the PeftModel; None without LoRA
     policy: nn.Module  # a Policy around the model, as accelerate wraps it
-    reference: nn.Module  # a second Policy; under LoRA the policy itself; None without KL
+    reference: nn.Module  # a second Policy; under LoRA the one inside `policy`; None without KL
     optimizer: torch.optim.Optimizer
     fused_optimizer: bool
     eos_ids: list[int]
@@ -155,7 +155,7 @@ def setup(config: TrainConfig, temperature: float = 1.0, with_reference: bool = 
 
     reference = None
     if with_reference and adapters:
-        reference = accelerator.unwrap_model(policy)
+        reference = accelerator.unwrap_model(policy)  # without DDP, which is only needed for gradients
     elif with_reference:
         reference = Policy(load_reference(config, accelerator), temperature)
         if accelerator.is_fsdp2:  # accelerate's own prepare takes only one model

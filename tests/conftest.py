@@ -195,8 +195,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
 """
-# A gloo thread that is still alive when Python exits can abort the process. FSDP2 never lets go of them, but
-# real FSDP2 runs use NCCL: here, leave without Python's own clean-up
+# a gloo thread that is still alive when Python exits can abort the process
 NO_GLOO_THREADS = """
 import os
 for thread in os.listdir("/proc/self/task") if os.path.exists("/proc/self/task") else []:
@@ -206,6 +205,7 @@ for thread in os.listdir("/proc/self/task") if os.path.exists("/proc/self/task")
         continue
     assert "gloo" not in name, name
 """
+# FSDP2 keeps gloo's threads alive (its real runs use NCCL), so these tests skip Python's own clean-up
 EXIT_AT_ONCE = """
 import os, sys
 sys.stdout.flush()
